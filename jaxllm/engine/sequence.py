@@ -1,0 +1,119 @@
+"""One sequence, a batch of them, and what a step returns: what scheduler, packer and runner share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Protocol
+
+import numpy as np
+
+from jaxllm.sampling_params import SamplingParams
+
+
+class SequenceStatus(Enum):
+    WAITING = auto()  # holds no slot; its blocks, if any, were freed
+    RUNNING = auto()  # holds a slot and blocks
+    FINISHED = auto()
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One stream of tokens: a prompt and what was generated after it.
+
+    token_ids holds prompt and output. The keys and values of the first num_computed_tokens are in
+    the pool (or will be when the step under way ends), in the blocks of block_table:
+    token i lies in block_table[i // B] at i % B. A sequence whose num_computed_tokens is
+    len(token_ids) - 1 is decoding.
+    """
+
+    sequence_id: int  # unique within the engine, never reused
+    request_id: str
+    index: int  # which of the request's n answers
+    params: SamplingParams
+    seed: int  # already resolved: params.seed + index, or drawn by the engine
+    token_ids: list[int]
+    num_prompt_tokens: int
+    eos_token_ids: tuple[int, ...] = ()
+    priority: int = 0
+    arrival_time: float = 0.0
+    cache_salt: str | None = None
+    status: SequenceStatus = SequenceStatus.WAITING
+    slot: int = -1
+    block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks, chained
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0  # of the prompt, found in the pool at first admission
+    num_preemptions: int = 0
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """num_tokens query tokens of a sequence, from token start on. samples: the step computes the
+    last known token, so it yields the next one."""
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+    samples: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one step computes. Decoding sequences (one query token, sampling) come first."""
+
+    sequences: list[ScheduledSequence]
+    num_tokens: int
+    num_decodes: int
+
+
+@dataclass(frozen=True)
+class LogprobRows:
+    """Log-probabilities of R rows before any sampling option changed them."""
+
+    logprobs: np.ndarray  # [R] float32, of the chosen token
+    ranks: np.ndarray  # [R] int32, of the chosen token, 1 is the most likely
+    top_token_ids: np.ndarray  # [R, MAX_LOGPROBS] int32, most likely first
+    top_logprobs: np.ndarray  # [R, MAX_LOGPROBS] float32
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Row i of token_ids and logprobs belongs to batch.sequences[i]; it means nothing where that
+    sequence does not sample. Rows of prompt_logprobs are the step's query tokens in batch order:
+    row j is about the known token that follows query token j."""
+
+    token_ids: np.ndarray  # [number of scheduled sequences] int32
+    logprobs: LogprobRows | None = None  # None unless a sequence of the batch asked
+    prompt_logprobs: LogprobRows | None = None
+
+
+class StepHandle(Protocol):
+    """A step under way on the device."""
+
+    def result(self) -> StepResult:
+        """Waits for the step. Raises what the step raised."""
+
+
+class Runner(Protocol):
+    """What the engine needs of the device side."""
+
+    def execute(self, batch: Batch) -> StepHandle:
+        """Dispatches a step and returns at once."""
+
+    def reset(self) -> None:
+        """Builds the device state anew after a failed step; the pool's content is lost."""

@@ -1,0 +1,178 @@
+"""How the tokens of one request are chosen; names, defaults and ranges as in vLLM."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from enum import Enum
+from typing import Any
+
+MAX_LOGPROBS = 20
+MAX_N = 16384
+GREEDY_TEMPERATURE = 1e-5  # below it the most likely token is taken
+
+
+class RequestOutputKind(Enum):
+    """CUMULATIVE: each output holds everything so far. DELTA: only what is new. FINAL_ONLY: one."""
+
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """Sampling options of one request. Order of application: allowed_token_ids, banned_token_ids,
+    logit_bias and min_tokens; penalties; temperature; min_p; top_k; top_p.
+
+    Raises ValueError naming the field, the value and what would do; TypeError for an unknown name.
+    """
+
+    n: int = 1  # independent answers; answer i of a seeded request uses seed + i
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0 and -1: off
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    max_tokens: int | None = 16  # None: as many as max_model_len allows
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    logit_bias: Mapping[int, float] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    banned_token_ids: Sequence[int] | None = None
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+
+    def __post_init__(self) -> None:
+        self._check_numbers()
+        self._check_flags()
+        set_ = object.__setattr__  # frozen: normalised once, here
+        set_(self, "stop", _strings("stop", self.stop))
+        for name in ("stop_token_ids", "allowed_token_ids", "banned_token_ids"):
+            set_(self, name, _token_ids(name, getattr(self, name)))
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise ValueError("allowed_token_ids must not be empty; leave it out to allow all")
+        set_(self, "logit_bias", _bias(self.logit_bias))
+        if self.stop and not self.detokenize:
+            raise ValueError("stop strings need detokenize=True")
+        if self.top_k == -1:
+            set_(self, "top_k", 0)
+
+    def _check_numbers(self) -> None:
+        _integer("n", self.n, 1, MAX_N)
+        _number("presence_penalty", self.presence_penalty, -2, 2)
+        _number("frequency_penalty", self.frequency_penalty, -2, 2)
+        _number("repetition_penalty", self.repetition_penalty, 0, math.inf, open_low=True)
+        _number("temperature", self.temperature, 0, 2)
+        _number("top_p", self.top_p, 0, 1, open_low=True)
+        _integer("top_k", self.top_k, -1, 2**31 - 1)
+        _number("min_p", self.min_p, 0, 1)
+        if self.seed is not None:
+            _integer("seed", self.seed, -(2**63), 2**63 - 1)
+        if self.max_tokens is not None:
+            _integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        _integer("min_tokens", self.min_tokens, 0, 2**31 - 1)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})"
+            )
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None:
+                _integer(name, value, 0, MAX_LOGPROBS)
+        if self.greedy and self.n > 1:
+            raise ValueError(
+                f"n must be 1 with temperature 0 (all answers would be the same), got {self.n}"
+            )
+
+    def _check_flags(self) -> None:
+        for name in (
+            "include_stop_str_in_output", "ignore_eos", "detokenize", "skip_special_tokens",
+        ):  # fmt: skip
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if not isinstance(self.output_kind, RequestOutputKind):
+            raise ValueError(f"output_kind must be a RequestOutputKind, got {self.output_kind!r}")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY_TEMPERATURE
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises ValueError if a token id of any option is outside [0, vocab_size)."""
+        for name in ("stop_token_ids", "allowed_token_ids", "banned_token_ids", "logit_bias"):
+            for token_id in getattr(self, name) or ():
+                if not 0 <= token_id < vocab_size:
+                    raise ValueError(
+                        f"{name} has token id {token_id}, outside the vocabulary of {vocab_size}"
+                    )
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> SamplingParams:
+        """From user input, such as a JSON object; an unknown name is a ValueError."""
+        known = {f.name for f in fields(cls)} - {"output_kind"}
+        for name in options:
+            if name not in known:
+                raise ValueError(
+                    f"unknown sampling option {name!r}; known: {', '.join(sorted(known))}"
+                )
+        return cls(**options)
+
+
+def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
+    ok = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not ok or not (low < value if open_low else low <= value) or value > high:
+        bracket = "(" if open_low else "["
+        raise ValueError(f"{name} must be a number in {bracket}{low}, {high}], got {value!r}")
+
+
+def _integer(name: str, value: Any, low: int, high: int) -> None:
+    ok = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not ok or not low <= value <= high:
+        raise ValueError(f"{name} must be an integer in [{low}, {high}], got {value!r}")
+
+
+def _strings(name: str, value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    values = (value,) if isinstance(value, str) else tuple(value)
+    for item in values:
+        if not isinstance(item, str) or not item:
+            raise ValueError(f"{name} must be non-empty strings, got {item!r}")
+    return values
+
+
+def _token_ids(name: str, value: Any) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
+        raise ValueError(f"{name} must be a list of token ids, got {value!r}")
+    values = tuple(value)
+    for item in values:
+        _integer(f"{name} entry", item, 0, 2**31 - 1)
+    return values
+
+
+def _bias(value: Any) -> dict[int, float] | None:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise ValueError(f"logit_bias must map token ids to numbers, got {value!r}")
+    bias = {}
+    for key, number in value.items():
+        token_id = int(key) if isinstance(key, str) and key.isdecimal() else key
+        _integer("logit_bias key", token_id, 0, 2**31 - 1)
+        _number(f"logit_bias[{token_id}]", number, -100, 100)
+        bias[token_id] = float(number)
+    return bias
