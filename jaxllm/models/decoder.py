@@ -1,0 +1,181 @@
+"""The decoder that Llama, Mistral, Qwen2 and Qwen3 share; what differs between them is data.
+
+Modules only describe the parameters and the arithmetic. What runs is a plain nested dict of arrays:
+graph definitions are made once, and a module is merged with its part of the dict while tracing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+
+from jaxllm.config import ModelConfig
+from jaxllm.models.attention import Attend, Attention, Tables
+from jaxllm.models.layers import Embedding, FeedForward, Head, RMSNorm
+from jaxllm.models.rope import build_rope, rope_tables
+
+LayerLoop = Literal["unroll", "scan"]
+Parameters = dict[str, Any]  # nested; the leaves are arrays or their shapes
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and feed-forward, each on normed input and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.attention = Attention(config, dtype, rngs)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.mlp = FeedForward(config, dtype, rngs)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        tables: Tables,
+        kv_pool: Any,
+        attend: Attend,
+        layer: int | jax.Array,
+        window: int | jax.Array,
+    ) -> tuple[jax.Array, Any]:
+        """[T, E] -> [T, E] and the new pool."""
+        mixed, kv_pool = self.attention(
+            self.attention_norm(x), tables, kv_pool, attend, layer, window
+        )
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x)), kv_pool
+
+
+class Ends(nnx.Module):
+    """What lies before the first layer and after the last."""
+
+    def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.embed = Embedding(config, dtype, rngs)
+        self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.head = None if config.tie_word_embeddings else Head(config, dtype, rngs)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[R, E] -> [R, V] float32."""
+        return self.embed.attend(hidden) if self.head is None else self.head(hidden)
+
+
+class Model:
+    """A decoder as pure functions of its parameters.
+
+    layer_loop "unroll": parameters["layers"] holds one dict a layer under "0", "1", ...;
+    "scan": one dict whose leaves are stacked along a leading axis of L.
+    """
+
+    def __init__(self, config: ModelConfig, layer_loop: LayerLoop, dtype: DTypeLike) -> None:
+        if layer_loop not in ("unroll", "scan"):
+            raise ValueError(f"layer_loop must be 'unroll' or 'scan', got {layer_loop!r}")
+        if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
+            raise ValueError(f"dtype must be float32 or bfloat16, got {jnp.dtype(dtype).name}")
+        self.config = config
+        self.layer_loop = layer_loop
+        self.dtype = jnp.dtype(dtype)
+        self._rope = build_rope(config)
+        self._ends_def, self._abstract_ends = self._abstract(Ends)
+        self._layer_def, self._abstract_layer = self._abstract(DecoderLayer)
+
+    def _abstract(self, module: Callable[..., nnx.Module]) -> tuple[nnx.GraphDef[Any], Parameters]:
+        def build() -> nnx.Module:
+            return module(self.config, self.dtype, rngs=nnx.Rngs(0))
+
+        graphdef, state = nnx.split(nnx.eval_shape(build))
+        return graphdef, nnx.to_pure_dict(state)
+
+    def abstract_parameters(self) -> Parameters:
+        """The tree of parameters with a jax.ShapeDtypeStruct for each leaf; allocates nothing."""
+        num_layers = self.config.num_layers
+        if self.layer_loop == "unroll":
+            layers = {str(i): _shapes(self._abstract_layer) for i in range(num_layers)}
+        else:
+            layers = _shapes(self._abstract_layer, leading=(num_layers,))
+        return {**_shapes(self._abstract_ends), "layers": layers}
+
+    def init_parameters(self, key: jax.Array) -> Parameters:
+        """Random parameters for tests and benchmarks; both layer loops draw the same values."""
+        ends_key, layers_key = jax.random.split(key)
+        layer_keys = jax.random.split(layers_key, self.config.num_layers)
+        if self.layer_loop == "unroll":
+            init_layer = jax.jit(lambda k: self._random(DecoderLayer, k))
+            layers = {str(i): init_layer(layer_key) for i, layer_key in enumerate(layer_keys)}
+        else:
+            layers = jax.jit(jax.vmap(lambda k: self._random(DecoderLayer, k)))(layer_keys)
+        return {**jax.jit(lambda k: self._random(Ends, k))(ends_key), "layers": layers}
+
+    def _random(self, module: Callable[..., nnx.Module], key: jax.Array) -> Parameters:
+        built = module(self.config, self.dtype, rngs=nnx.Rngs(params=key))
+        return nnx.to_pure_dict(nnx.state(built, nnx.Param))
+
+    def forward(
+        self,
+        params: Parameters,
+        token_ids: jax.Array,
+        positions: jax.Array,
+        rope_lens: jax.Array,
+        kv_pool: Any,
+        attend: Attend,
+    ) -> tuple[jax.Array, Any]:
+        """The normed hidden states [T, E] of token_ids [T], and the pool with their keys, values.
+
+        positions [T]: a token's index in its sequence. rope_lens [T]: max(prompt length of its
+        sequence, position + 1). attend gets a layer's queries, keys and values with the pool, the
+        layer's number and its window (0: none); both numbers are traced where layers are scanned,
+        the window only if layers differ in it. Call it inside a trace.
+        """
+        ends = nnx.merge(self._ends_def, _without_layers(params))
+        tables = rope_tables(self._rope, positions, rope_lens)
+        x = ends.embed(token_ids)  # [T, E]
+        run_layers = self._unroll if self.layer_loop == "unroll" else self._scan
+        x, kv_pool = run_layers(params["layers"], x, tables, kv_pool, attend)
+        return ends.final_norm(x), kv_pool
+
+    def logits(self, params: Parameters, hidden: jax.Array) -> jax.Array:
+        """The logits [R, V] float32 of rows [R, E] that `forward` returned."""
+        ends = nnx.merge(self._ends_def, _without_layers(params))
+        return ends.logits(hidden)
+
+    def _unroll(
+        self, layers: Parameters, x: jax.Array, tables: Tables, kv_pool: Any, attend: Attend
+    ) -> tuple[jax.Array, Any]:
+        for i in range(self.config.num_layers):
+            layer = nnx.merge(self._layer_def, layers[str(i)])
+            x, kv_pool = layer(x, tables, kv_pool, attend, i, self.config.window(i))
+        return x, kv_pool
+
+    def _scan(
+        self, layers: Parameters, x: jax.Array, tables: Tables, kv_pool: Any, attend: Attend
+    ) -> tuple[jax.Array, Any]:
+        num_layers = self.config.num_layers
+        windows = [self.config.window(i) for i in range(num_layers)]
+        # A window that all layers share stays a Python int, which lets a kernel leave masks out.
+        scanned_windows = jnp.asarray(windows, jnp.int32) if len(set(windows)) > 1 else None
+
+        def body(
+            carry: tuple[jax.Array, Any], scanned: tuple[Parameters, jax.Array, jax.Array | None]
+        ) -> tuple[tuple[jax.Array, Any], None]:
+            layer_params, i, window = scanned
+            layer = nnx.merge(self._layer_def, layer_params)
+            new_carry = layer(
+                carry[0], tables, carry[1], attend, i, windows[0] if window is None else window
+            )
+            return new_carry, None
+
+        indices = jnp.arange(num_layers, dtype=jnp.int32)
+        carry, _ = lax.scan(body, (x, kv_pool), (layers, indices, scanned_windows))
+        return carry
+
+
+def _shapes(tree: Parameters, leading: tuple[int, ...] = ()) -> Parameters:
+    """A copy of a tree of shapes, with axes put in front of every leaf's own."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leading + leaf.shape, leaf.dtype), tree)
+
+
+def _without_layers(params: Parameters) -> Parameters:
+    return {name: part for name, part in params.items() if name != "layers"}

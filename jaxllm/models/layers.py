@@ -1,0 +1,107 @@
+"""What decoders of all families are built from: norm, embedding, feed-forward, head.
+
+Activations keep the dtype of the parameters; sums, norms and logits are float32.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+
+from jaxllm.config import ModelConfig
+
+
+def random_param(
+    rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: DTypeLike
+) -> nnx.Param[jax.Array]:
+    """A parameter drawn so that a product over fan_in inputs keeps their variance."""
+    return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * fan_in**-0.5)
+
+
+def project(x: jax.Array, kernel: jax.Array, num_contracted: int = 1) -> jax.Array:
+    """The product of x's last num_contracted axes with the kernel's first ones, as float32."""
+    axes = tuple(range(x.ndim - num_contracted, x.ndim)), tuple(range(num_contracted))
+    return _product(x, kernel, axes)
+
+
+def _product(
+    x: jax.Array, kernel: jax.Array, axes: tuple[tuple[int, ...], tuple[int, ...]]
+) -> jax.Array:
+    # GPUs and TPUs would round float32 operands to TF32 or bfloat16. A float32 result is also what
+    # keeps bfloat16 products on the CPU at full speed.
+    precision = lax.Precision.HIGHEST if kernel.dtype == jnp.float32 else lax.Precision.DEFAULT
+    return lax.dot_general(
+        x, kernel, (axes, ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+class RMSNorm(nnx.Module):
+    """Root mean square norm (https://arxiv.org/abs/1910.07467) over the last axis."""
+
+    def __init__(self, size: int, epsilon: float, dtype: DTypeLike) -> None:
+        self.scale = nnx.Param(jnp.ones((size,), dtype))
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        normed = wide * lax.rsqrt(mean_square + self.epsilon)
+        return normed.astype(x.dtype) * self.scale[...]
+
+
+class Embedding(nnx.Module):
+    """Token embeddings [V, E]; tied models use them as the output head too."""
+
+    def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        shape = (config.vocab_size, config.hidden_size)
+        self.embedding = random_param(rngs, shape, config.hidden_size, dtype)
+
+    def __call__(self, token_ids: jax.Array) -> jax.Array:
+        """[T] -> [T, E]. Ids outside the vocabulary, as padding may have, read its nearest row."""
+        table = self.embedding[...]
+        if table.dtype != jnp.bfloat16:
+            return table.at[token_ids].get(mode="clip")
+        # XLA's CPU backend converts the whole operand of a bfloat16 gather to float32.
+        rows = lax.bitcast_convert_type(table, jnp.uint16).at[token_ids].get(mode="clip")
+        return lax.bitcast_convert_type(rows, jnp.bfloat16)
+
+    def attend(self, hidden: jax.Array) -> jax.Array:
+        """Logits [R, V] of hidden [R, E]; contracts E in place, so no transposed copy is made."""
+        return _product(hidden, self.embedding[...], ((1,), (1,)))
+
+
+class Head(nnx.Module):
+    """The output head of models that do not tie it to the embedding."""
+
+    def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        shape = (config.hidden_size, config.vocab_size)
+        self.kernel = random_param(rngs, shape, config.hidden_size, dtype)
+
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        """Logits [R, V] of hidden [R, E]."""
+        return project(hidden, self.kernel[...])
+
+
+class FeedForward(nnx.Module):
+    """SwiGLU (https://arxiv.org/abs/2002.05202): gate and up in one product."""
+
+    def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        width, inner = config.hidden_size, config.intermediate_size  # E, F
+        self.gate_up_kernel = random_param(rngs, (width, 2, inner), width, dtype)
+        self.down_kernel = random_param(rngs, (inner, width), inner, dtype)
+        has_bias = config.mlp_bias
+        self.gate_up_bias = random_param(rngs, (2, inner), width, dtype) if has_bias else None
+        self.down_bias = random_param(rngs, (width,), inner, dtype) if has_bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate_up = project(x, self.gate_up_kernel[...])  # [T, 2, F] float32
+        if self.gate_up_bias is not None:
+            gate_up += self.gate_up_bias[...]
+        inner = (jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1]).astype(x.dtype)  # [T, F]
+        out = project(inner, self.down_kernel[...])  # [T, E] float32
+        if self.down_bias is not None:
+            out += self.down_bias[...]
+        return out.astype(x.dtype)
