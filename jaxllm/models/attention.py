@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxllm.config import ModelConfig
-from jaxllm.models.layers import RMSNorm, project, random_param
+from jaxllm.models.layers import RMSNorm, project, random_param, zero_param
 from jaxllm.models.rope import apply_rope
 
 # attend(q[T,H,D], k[T,K,D], v[T,K,D], kv_pool, layer, window) -> (out[T,H,D], kv_pool)
@@ -37,9 +37,8 @@ class Attention(nnx.Module):
         self.o_kernel = random_param(
             rngs, (num_heads, head_dim, width), num_heads * head_dim, dtype
         )
-        self.qkv_bias = random_param(rngs, group, width, dtype) if config.qkv_bias else None
-        has_o_bias = config.attention_output_bias
-        self.o_bias = random_param(rngs, (width,), width, dtype) if has_o_bias else None
+        self.qkv_bias = zero_param(group, dtype) if config.qkv_bias else None
+        self.o_bias = zero_param((width,), dtype) if config.attention_output_bias else None
         epsilon, has_norms = config.rms_norm_eps, config.qk_norm
         self.q_norm = RMSNorm(head_dim, epsilon, dtype) if has_norms else None
         self.k_norm = RMSNorm(head_dim, epsilon, dtype) if has_norms else None

@@ -99,7 +99,10 @@ class Model:
         return {**_shapes(self._abstract_ends), "layers": layers}
 
     def init_parameters(self, key: jax.Array) -> Parameters:
-        """Random parameters for tests and benchmarks; both layer loops draw the same values."""
+        """Parameters for tests and benchmarks: random kernels, norms of one, biases of zero.
+
+        Both layer loops draw the same values from a key.
+        """
         ends_key, layers_key = jax.random.split(key)
         layer_keys = jax.random.split(layers_key, self.config.num_layers)
         if self.layer_loop == "unroll":

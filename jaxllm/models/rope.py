@@ -58,9 +58,10 @@ def build_rope(config: ModelConfig) -> Rope:
 
 
 def _tokens_a_radian(theta: float, head_dim: int) -> np.ndarray:
-    """theta ** (2i / D), [D/2]; in float32 because checkpoints were trained with float32 ones."""
+    """theta ** (2i / D), [D/2] float32."""
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    return np.float32(theta) ** exponents
+    # numpy's float32 power is up to two units off torch's, which shows at late positions.
+    return (np.float64(theta) ** exponents.astype(np.float64)).astype(np.float32)
 
 
 def _llama3_inv_freq(rope: RopeConfig, inv_freq: np.ndarray, context_len: int) -> np.ndarray:
