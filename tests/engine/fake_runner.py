@@ -1,0 +1,150 @@
+"""A runner without a model. It keeps a KV pool that holds, instead of keys and values, which token
+at which position of which salt they would belong to, and reads each sequence's whole context back
+through its block table. So wrong sharing, stale blocks and overwritten ones are found."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from hashlib import blake2b
+
+import numpy as np
+
+from jaxllm.config import EngineConfig
+from jaxllm.engine.sequence import Batch, LogprobRows, Sequence, StepResult
+from jaxllm.sampling_params import MAX_LOGPROBS
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz "
+EOS = len(LETTERS)
+VOCAB_SIZE = EOS + 1
+
+
+def ids(text: str) -> list[int]:
+    """Token ids of a text; "$" is the end of sequence."""
+    return [EOS if char == "$" else LETTERS.index(char) for char in text]
+
+
+def hashed_token(sequence: Sequence) -> int:
+    """A token that depends on every token before it and on the seed."""
+    content = array("i", sequence.token_ids).tobytes() + sequence.seed.to_bytes(
+        8, "big", signed=True
+    )
+    token_id = int.from_bytes(blake2b(content, digest_size=4).digest()) % VOCAB_SIZE
+    params = sequence.params
+    stops = {*(params.stop_token_ids or ()), *(() if params.ignore_eos else sequence.eos_token_ids)}
+    while sequence.num_output_tokens < params.min_tokens and token_id in stops:
+        token_id = (token_id + 1) % VOCAB_SIZE  # as the sampler bans them
+    return token_id
+
+
+def fake_rank(token_id: int) -> int:
+    return 1 + token_id % 3
+
+
+def fake_logprobs(token_ids: list[int]) -> LogprobRows:
+    """The token's rank is 1 + id % 3, its neighbours rank around it, and rank r has -r / 4."""
+    chosen = np.array(token_ids, np.int32).reshape(-1)  # [R]
+    ranks = 1 + chosen % 3
+    offsets = np.arange(MAX_LOGPROBS, dtype=np.int32)
+    top_ids = (chosen[:, None] + offsets - (ranks[:, None] - 1)) % VOCAB_SIZE  # [R, MAX_LOGPROBS]
+    top = np.broadcast_to(-(offsets + 1) / 4, top_ids.shape).astype(np.float32)
+    return LogprobRows((-ranks / 4).astype(np.float32), ranks, top_ids, top)
+
+
+class FakeHandle:
+    def __init__(self, result: StepResult, error: BaseException | None):
+        self._result, self._error = result, error
+
+    def result(self) -> StepResult:
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+
+class FakeRunner:
+    """next_token: what a sequence samples. on_batch: called with each batch; what it raises is
+    raised by execute(). result_error: asked after each batch for what result() shall raise."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        next_token: Callable[[Sequence], int] = hashed_token,
+        on_batch: Callable[[Batch], None] = lambda batch: None,
+        result_error: Callable[[], BaseException | None] = lambda: None,
+    ):
+        self.config = config
+        self.next_token = next_token
+        self.on_batch = on_batch
+        self.result_error = result_error
+        self.batches: list[Batch] = []
+        self.num_resets = 0
+        self._make_pool()
+
+    def _make_pool(self) -> None:
+        num_cells = self.config.num_blocks * self.config.block_size
+        self._pool = np.full((num_cells, 3), -1, np.int64)  # token, position, salt
+
+    def reset(self) -> None:
+        self.num_resets += 1
+        self._make_pool()
+
+    def execute(self, batch: Batch) -> FakeHandle:
+        self.batches.append(batch)
+        self._check_batch(batch)
+        self.on_batch(batch)
+        written: set[int] = set()
+        token_ids, following = [], []
+        for scheduled in batch.sequences:
+            sequence, start = scheduled.sequence, scheduled.start
+            end = start + scheduled.num_tokens
+            cells = self._cells(sequence, end)
+            new = cells[start:].tolist()
+            assert written.isdisjoint(new), "two sequences write the same place in one step"
+            written.update(new)
+            # In batch order: a row must not read what a later row writes.
+            expected = self._content(sequence, end)
+            self._pool[cells[start:]] = expected[start:]
+            np.testing.assert_array_equal(self._pool[cells], expected)
+            token_ids.append(self.next_token(sequence) if scheduled.samples else -7)
+            following += [*sequence.token_ids[start + 1 : end + 1], 0][: scheduled.num_tokens]
+        return FakeHandle(self._result(batch, token_ids, following), self.result_error())
+
+    def _cells(self, sequence: Sequence, end: int) -> np.ndarray:
+        positions = np.arange(end)
+        table = np.array(sequence.block_table)
+        block_size = self.config.block_size
+        return table[positions // block_size] * block_size + positions % block_size
+
+    def _content(self, sequence: Sequence, end: int) -> np.ndarray:
+        salt = -1 if sequence.cache_salt is None else len(sequence.cache_salt)
+        positions = np.arange(end)
+        return np.stack([np.array(sequence.token_ids[:end]), positions, np.full(end, salt)], axis=1)
+
+    @staticmethod
+    def _result(batch: Batch, token_ids: list[int], following: list[int]) -> StepResult:
+        params = [scheduled.sequence.params for scheduled in batch.sequences]
+        return StepResult(
+            np.array(token_ids, np.int32),
+            fake_logprobs(token_ids) if any(p.logprobs is not None for p in params) else None,
+            fake_logprobs(following)
+            if any(p.prompt_logprobs is not None for p in params)
+            else None,
+        )
+
+    def _check_batch(self, batch: Batch) -> None:
+        rows, config = batch.sequences, self.config
+        assert 0 < batch.num_tokens == sum(row.num_tokens for row in rows)
+        assert batch.num_tokens <= config.max_num_batched_tokens
+        assert len({row.sequence.sequence_id for row in rows}) == len(rows)
+        slots = {row.sequence.slot for row in rows}
+        assert len(slots) == len(rows) <= config.max_num_seqs
+        assert slots <= set(range(config.max_num_seqs))
+        for index, row in enumerate(rows):
+            end = row.start + row.num_tokens
+            assert row.num_tokens >= 1
+            assert end == row.sequence.num_computed_tokens
+            assert row.samples == (end == row.sequence.num_tokens)
+            assert len(row.sequence.block_table) <= config.max_blocks_per_seq
+            if index < batch.num_decodes:
+                assert row.num_tokens == 1
+                assert row.samples
