@@ -1,0 +1,243 @@
+"""A scheduled batch as one packed int32 buffer, padded to a bucket: one copy a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from jaxllm.engine.sequence import Batch, Sequence
+
+ON_DEVICE = -1  # as a token id: the token that the slot's previous step sampled
+
+# What a step reads of each sequence. Floats travel bit-cast.
+INT_FIELDS = (
+    "seq_lens",  # tokens including those of this step
+    "slots",  # row of the device state; num_slots in padding rows
+    "prompt_lens",
+    "samples",  # 1: the step computes the last known token and yields the next
+    "next_token_ids",  # the known token after this step's last, for its prompt log-probability
+    "output_lens",  # tokens generated so far
+    "seed_low",
+    "seed_high",
+    "top_k",
+    "min_tokens",
+    "uses_table",  # 1: its row of the sampling table applies
+    "wants_logprobs",
+    "wants_prompt_logprobs",
+)
+FLOAT_FIELDS = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The shape of one compiled step: T tokens of S sequences. decode_only: one token each."""
+
+    num_tokens: int
+    num_seqs: int
+    decode_only: bool
+
+    def __str__(self) -> str:
+        kind = "decode" if self.decode_only else "mixed"
+        return f"{kind} {self.num_tokens}x{self.num_seqs}"
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """Where each field of a bucket lies in its buffer."""
+
+    bucket: Bucket
+    max_blocks: int  # M
+
+    @cached_property
+    def fields(self) -> dict[str, tuple[int, tuple[int, ...]]]:
+        """name -> (offset, shape), in elements."""
+        num_seqs = self.bucket.num_seqs
+        shapes: dict[str, tuple[int, ...]] = {
+            "token_ids": (self.bucket.num_tokens,),
+            "query_start": (num_seqs + 1,),
+            "distribution": (3,),
+            "block_tables": (num_seqs, self.max_blocks),
+        }
+        shapes |= dict.fromkeys(INT_FIELDS + FLOAT_FIELDS, (num_seqs,))
+        offsets, end = {}, 0
+        for name, shape in shapes.items():
+            offsets[name] = (end, shape)
+            end += math.prod(shape)
+        return offsets
+
+    @cached_property
+    def size(self) -> int:
+        offset, shape = next(reversed(self.fields.values()))
+        return offset + math.prod(shape)
+
+    def views(self, buffer: np.ndarray) -> dict[str, np.ndarray]:
+        """The fields as views of a buffer, floats as float32."""
+        return {
+            name: buffer[offset : offset + math.prod(shape)]
+            .view(np.float32 if name in FLOAT_FIELDS else np.int32)
+            .reshape(shape)
+            for name, (offset, shape) in self.fields.items()
+        }
+
+
+class BatchPacker:
+    """Keeps what a step needs of each slot in numpy rows, and gathers them into a buffer.
+
+    A slot's constant fields are written once when a sequence takes it, its block table grows with
+    the sequence's; so packing costs little Python for each sequence.
+    """
+
+    def __init__(self, num_slots: int, max_blocks: int) -> None:
+        self._num_slots = num_slots
+        self._max_blocks = max_blocks
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all slots, as after the device state was built anew."""
+        rows = self._num_slots + 1  # the last one is what padding rows read
+        self._block_tables = np.zeros((rows, self._max_blocks), np.int32)
+        self._ints = {name: np.zeros(rows, np.int32) for name in INT_FIELDS}
+        self._floats = {name: np.zeros(rows, np.float32) for name in FLOAT_FIELDS}
+        self._ints["slots"][:] = np.arange(rows)
+        for name in ("top_p", "repetition_penalty"):
+            self._floats[name][:] = 1.0
+        # Who holds each slot. A sequence that was preempted comes back as another owner, even to
+        # the same slot: its blocks are others.
+        self._owner = [(-1, 0)] * rows  # (sequence_id, num_preemptions)
+        self._num_blocks = [0] * rows
+        self._sampled_at = [-1] * rows  # position of the token that the slot's device row holds
+
+    def new_table_rows(self, batch: Batch) -> list[Sequence]:
+        """Takes in the sequences that are new in their slots; returns those of them whose row of
+        the sampling table has to be written before the step."""
+        needing = []
+        for scheduled in batch.sequences:
+            sequence = scheduled.sequence
+            if self._owner[sequence.slot] != (sequence.sequence_id, sequence.num_preemptions):
+                self._take_slot(sequence)
+                if self._ints["uses_table"][sequence.slot]:
+                    needing.append(sequence)
+        return needing
+
+    def _take_slot(self, sequence: Sequence) -> None:
+        slot, params = sequence.slot, sequence.params
+        self._owner[slot] = (sequence.sequence_id, sequence.num_preemptions)
+        self._num_blocks[slot] = 0
+        self._sampled_at[slot] = -1
+        ints, floats = self._ints, self._floats
+        ints["prompt_lens"][slot] = sequence.num_prompt_tokens
+        ints["seed_low"][slot] = _as_int32(sequence.seed)
+        ints["seed_high"][slot] = _as_int32(sequence.seed >> 32)
+        ints["top_k"][slot] = params.top_k
+        ints["min_tokens"][slot] = params.min_tokens
+        ints["uses_table"][slot] = uses_table(sequence)
+        ints["wants_logprobs"][slot] = params.logprobs is not None
+        ints["wants_prompt_logprobs"][slot] = params.prompt_logprobs is not None
+        floats["temperature"][slot] = 0.0 if params.greedy else params.temperature
+        for name in FLOAT_FIELDS[1:]:
+            floats[name][slot] = getattr(params, name)
+
+    def pack(self, batch: Batch, layout: PackedLayout) -> np.ndarray:
+        """The buffer of a batch that fits the layout's bucket; new_table_rows(batch) came first."""
+        bucket = layout.bucket
+        assert batch.num_tokens <= bucket.num_tokens
+        assert len(batch.sequences) <= bucket.num_seqs
+        slots = np.full(bucket.num_seqs, self._num_slots, np.int32)
+        token_ids: list[int] = []
+        query_lens = np.zeros(bucket.num_seqs, np.int32)
+        ints = self._ints
+        for row, scheduled in enumerate(batch.sequences):
+            sequence, start, num_tokens = scheduled.sequence, scheduled.start, scheduled.num_tokens
+            slot = sequence.slot
+            slots[row] = slot
+            query_lens[row] = num_tokens
+            end = start + num_tokens
+            if num_tokens == 1 and self._sampled_at[slot] == start:
+                token_ids.append(ON_DEVICE)
+            else:
+                token_ids.extend(sequence.token_ids[start:end])
+            ints["seq_lens"][slot] = end
+            ints["samples"][slot] = scheduled.samples
+            if scheduled.samples:
+                self._sampled_at[slot] = end
+                ints["output_lens"][slot] = end - sequence.num_prompt_tokens
+            else:
+                ints["next_token_ids"][slot] = sequence.token_ids[end]
+            self._grow_block_table(sequence)
+
+        buffer = np.zeros(layout.size, np.int32)
+        views = layout.views(buffer)
+        views["token_ids"][: len(token_ids)] = token_ids
+        np.cumsum(query_lens, out=views["query_start"][1:])
+        views["distribution"][:] = (batch.num_decodes, batch.num_decodes, len(batch.sequences))
+        np.take(self._block_tables, slots, axis=0, out=views["block_tables"])
+        for name, array in ints.items():
+            np.take(array, slots, out=views[name])
+        for name, floats in self._floats.items():
+            np.take(floats, slots, out=views[name])
+        return buffer
+
+    def _grow_block_table(self, sequence: Sequence) -> None:
+        slot, table = sequence.slot, sequence.block_table
+        written = self._num_blocks[slot]
+        if len(table) != written:
+            self._block_tables[slot, written : len(table)] = table[written:]
+            self._num_blocks[slot] = len(table)
+
+
+def uses_table(sequence: Sequence) -> bool:
+    """Whether an option of the sequence needs a number for each token of the vocabulary."""
+    params = sequence.params
+    return bool(
+        params.repetition_penalty != 1.0
+        or params.presence_penalty
+        or params.frequency_penalty
+        or params.logit_bias
+        or params.allowed_token_ids is not None
+        or params.banned_token_ids
+        or params.min_tokens
+    )
+
+
+# An entry of the sampling table's token_info: how often the token was generated, and two flags.
+IN_PROMPT = 1 << 30
+IS_STOP = 1 << 29  # must not be generated before min_tokens
+
+
+def table_row(sequence: Sequence, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The sequence's row of the sampling table: token_info [V] int32, logit_bias [V] float32
+    (minus infinity: never)."""
+    params = sequence.params
+    info = np.bincount(sequence.output_token_ids, minlength=vocab_size).astype(np.int32)
+    info[sequence.token_ids[: sequence.num_prompt_tokens]] |= IN_PROMPT
+    info[list(stop_token_ids(sequence))] |= IS_STOP
+    bias = np.zeros(vocab_size, np.float32)
+    if params.allowed_token_ids is not None:
+        bias[:] = -np.inf
+        bias[list(params.allowed_token_ids)] = 0.0
+    for token_id, value in (params.logit_bias or {}).items():
+        bias[token_id] += value
+    bias[list(params.banned_token_ids or ())] = -np.inf
+    return info, bias
+
+
+def stop_token_ids(sequence: Sequence) -> Iterable[int]:
+    """The tokens that end a sequence: those of the request and, unless ignored, the model's."""
+    eos = () if sequence.params.ignore_eos else sequence.eos_token_ids
+    return {*eos, *(sequence.params.stop_token_ids or ())}
+
+
+def _as_int32(value: int) -> int:
+    """The low 32 bits, as a signed number."""
+    return ((value & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000

@@ -1,0 +1,71 @@
+"""Which shapes are compiled: few, and close enough that padding stays small."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable
+
+from jaxllm.engine.batch import Bucket
+
+MIN_ROWS = 8  # a bfloat16 product with fewer rows is slower on the CPU, and tiles are 8 rows on TPU
+MIN_MIXED_TOKENS = 32
+
+
+def plan_buckets(max_num_seqs: int, max_num_batched_tokens: int) -> tuple[Bucket, ...]:
+    """All buckets of an engine.
+
+    Decode: 8, 16, 24, 32, 48, 64, ... sequences, so that above 16 at most a third of the rows is
+    padding. Mixed: powers of two of tokens up to the budget; for one sequence or a few (MIN_ROWS),
+    which is what the first token of a quiet server waits for, and for all of them.
+    """
+    most_seqs = _round_up(max_num_seqs, MIN_ROWS)
+    decode = [Bucket(n, n, decode_only=True) for n in _seq_sizes(most_seqs)]
+    tokens, size = [], MIN_MIXED_TOKENS
+    most_tokens = max(_round_up(max_num_batched_tokens, MIN_ROWS), most_seqs)
+    while size < most_tokens:
+        tokens.append(size)
+        size *= 2
+    tokens.append(most_tokens)
+    seqs = sorted({MIN_ROWS, most_seqs})
+    mixed = [Bucket(t, s, decode_only=False) for s in seqs for t in tokens if t >= s]
+    return (*decode, *mixed)
+
+
+def fitting(
+    buckets: Iterable[Bucket], num_tokens: int, num_seqs: int, decode_only: bool
+) -> list[Bucket]:
+    """The buckets that can run such a batch, the least padding first."""
+    fits = [
+        b
+        for b in buckets
+        if b.num_tokens >= num_tokens
+        and b.num_seqs >= num_seqs
+        and (decode_only or not b.decode_only)
+    ]
+    return sorted(fits, key=lambda b: (b.num_tokens, b.num_seqs, not b.decode_only))
+
+
+class TokenRounding:
+    """Rounds the tokens of a step down to a size of the mixed buckets, so that a long prompt's
+    chunks fill their buckets; below the smallest size nothing is rounded."""
+
+    def __init__(self, buckets: Iterable[Bucket]) -> None:
+        self._sizes = sorted({b.num_tokens for b in buckets if not b.decode_only})
+
+    def __call__(self, num_tokens: int) -> int:
+        index = bisect_right(self._sizes, num_tokens)
+        return self._sizes[index - 1] if index else num_tokens
+
+
+def _seq_sizes(most: int) -> list[int]:
+    sizes, size = [], MIN_ROWS
+    while size < most:
+        sizes.append(size)
+        # 8 16 24 32 48 64 96 128 ...: a power of two, then half as much again
+        power = 1 << (size.bit_length() - 1)
+        size = size + power // 2 if size == power and size > MIN_ROWS else 2 * power
+    return [*sizes, most]
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,215 @@
+"""Ahead-of-time compilation: in parallel, in the background, kept on disk, and never by surprise.
+
+A compiled program is code. Programs are read only from a folder that its owner alone can write, and
+only if their checksum holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jaxlib
+from jax.experimental import serialize_executable
+
+logger = logging.getLogger(__name__)
+
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+DIGEST_SIZE = 32
+
+
+class LateCompileError(RuntimeError):
+    """Something was compiled after warm-up although that was forbidden."""
+
+
+class ProgramCache:
+    """Serialized programs in a folder, one file each, named by the hash of what made them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @classmethod
+    def open(cls, folder: Path) -> ProgramCache | None:
+        """The cache in a folder, which is made if it is missing; None, with a warning, if it cannot
+        be made or if others could write to it."""
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            status = folder.stat()
+        except OSError as error:
+            logger.warning("no program cache: %s", error.strerror)
+            return None
+        if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o022):
+            logger.warning("no program cache: others may write to its folder; chmod 700 it")
+            return None
+        return cls(folder)
+
+    def load(self, key: str, in_tree: Any, out_tree: Any) -> jax.stages.Compiled | None:
+        """The program of a key, or None if there is none that works."""
+        path = self.folder / key
+        try:
+            content = path.read_bytes()
+        except OSError:
+            return None
+        digest, program = content[:DIGEST_SIZE], content[DIGEST_SIZE:]
+        if hashlib.sha256(program).digest() != digest:
+            logger.warning("a cached program is damaged and is compiled again")
+            return None
+        try:
+            return serialize_executable.deserialize_and_load(program, in_tree, out_tree)
+        except Exception as error:  # whatever another jaxlib throws: compile instead
+            logger.warning("a cached program could not be loaded: %s", error)
+            return None
+
+    def store(self, key: str, compiled: jax.stages.Compiled) -> None:
+        """Keeps a program; a failure (a full disk) is a warning."""
+        temporary = None
+        try:
+            program, _, _ = serialize_executable.serialize(compiled)
+            with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
+                temporary = Path(file.name)
+                file.write(hashlib.sha256(program).digest() + program)
+            temporary.replace(self.folder / key)
+        except (OSError, ValueError) as error:
+            logger.warning("a compiled program could not be kept: %s", error)
+            if temporary is not None:
+                temporary.unlink(missing_ok=True)
+
+
+class Compiler:
+    """Compiles programs on background threads and hands them out by name.
+
+    forbid_late: once `wait()` has returned, a compilation inside `guard()` raises LateCompileError.
+    """
+
+    def __init__(
+        self, program_cache: ProgramCache | None, *, num_threads: int, forbid_late: bool = False
+    ) -> None:
+        self._program_cache = program_cache
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="compile")
+        self._forbid_late = forbid_late
+        self._futures: dict[Hashable, Future[jax.stages.Compiled]] = {}
+        self._tracing = threading.Lock()  # tracing holds the GIL: two at once are slower than one
+        self._sealed = False
+        self._guarded = threading.local()
+        self.num_compiled = 0
+        self.num_loaded = 0
+        self.compile_seconds = 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
+
+    def submit(
+        self, name: Hashable, function: Callable[..., Any], abstract_args: tuple[Any, ...],
+        out_tree: Any, *, donate: int | None, key: tuple[Any, ...],
+    ) -> None:  # fmt: skip
+        """Queues a program. key: everything beside the source code and the machine that decides
+        what it is. out_tree: the structure of its result."""
+        self._futures[name] = self._pool.submit(
+            self._build, name, function, abstract_args, out_tree, donate, key
+        )
+
+    def get(self, name: Hashable) -> jax.stages.Compiled:
+        """The program, waited for if need be. Raises what its compilation raised."""
+        return self._futures[name].result()
+
+    def is_ready(self, name: Hashable) -> bool:
+        """Whether `get` would return at once."""
+        future = self._futures[name]
+        return future.done() and not future.cancelled() and future.exception() is None
+
+    def wait(self) -> None:
+        """Waits until every program is ready, then forbids late compilation if that was asked."""
+        for future in list(self._futures.values()):
+            future.result()
+        self._sealed = self._forbid_late
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """What runs in it, on this thread, must not compile anything once all is compiled."""
+        self._guarded.active = True
+        try:
+            yield
+        finally:
+            self._guarded.active = False
+
+    def close(self) -> None:
+        """Drops what is still queued; waits for what is running."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        jax.monitoring.unregister_event_duration_listener(self._on_event)
+
+    def _build(
+        self, name: Hashable, function: Callable[..., Any], abstract_args: tuple[Any, ...],
+        out_tree: Any, donate: int | None, key: tuple[Any, ...],
+    ) -> jax.stages.Compiled:  # fmt: skip
+        started = time.monotonic()
+        digest = program_key(name, key, abstract_args)
+        if self._program_cache is not None:
+            in_tree = jax.tree.structure((abstract_args, {}))
+            program = self._program_cache.load(digest, in_tree, out_tree)
+            if program is not None:
+                self.num_loaded += 1
+                return program
+        with self._tracing:
+            donated = () if donate is None else (donate,)
+            lowered = jax.jit(function, donate_argnums=donated).lower(*abstract_args)
+        program = lowered.compile()
+        self.num_compiled += 1
+        self.compile_seconds += time.monotonic() - started
+        logger.info("compiled %s in %.1f s", name, time.monotonic() - started)
+        if self._program_cache is not None:
+            self._program_cache.store(digest, program)
+        return program
+
+    def _on_event(self, event: str, duration: float, **_: Any) -> None:
+        if event == COMPILE_EVENT and self._sealed and getattr(self._guarded, "active", False):
+            raise LateCompileError(
+                f"something was compiled after warm-up ({duration:.2f} s) although late "
+                f"compilation is forbidden; run with jax_log_compiles to see what"
+            )
+
+
+def program_key(name: Hashable, key: tuple[Any, ...], abstract_args: tuple[Any, ...]) -> str:
+    """A name for a program: of its arguments' shapes, of this package's code, of the machine."""
+    leaves, tree = jax.tree.flatten(abstract_args)
+    shapes = [(leaf.shape, str(leaf.dtype)) for leaf in leaves]
+    content = repr((str(name), key, shapes, str(tree), _source_digest(), _machine()))
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+@cache
+def _source_digest() -> str:
+    """Of the source files that decide what a step computes."""
+    digest = hashlib.sha256()
+    package = Path(__file__).parents[1]
+    kernels = package.parent / "pallas_kernels"
+    for folder in (package / "engine", package / "models", package / "runtime", kernels):
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+@cache
+def _machine() -> tuple[str, ...]:
+    """What a compiled program depends on beside its source."""
+    devices = jax.devices()
+    kind = f"{devices[0].platform} {devices[0].device_kind} x{len(devices)}"
+    cpu = ""
+    if devices[0].platform == "cpu":  # a program may use any instruction that this CPU has
+        info = Path("/proc/cpuinfo")
+        flags = (
+            [line for line in info.read_text().splitlines() if line.startswith("flags")][:1]
+            if info.is_file()
+            else [platform.processor()]
+        )
+        cpu = f"{platform.machine()} {os.cpu_count()} {flags}"
+    return jax.__version__, jaxlib.__version__, kind, cpu, os.environ.get("XLA_FLAGS", "")

@@ -1,0 +1,39 @@
+"""The block pool's array: its physical type on a platform, its size, its allocation."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jaxllm.config import ModelConfig
+from pallas_kernels.ragged_paged_attention.layout import BITS_OF_BFLOAT16
+
+
+def pool_dtype(dtype: DTypeLike, platform: str) -> jnp.dtype:
+    """How the pool stores keys and values of dtype. On CPU bfloat16 is kept as its bits: XLA turns
+    a gather or scatter on bfloat16 there into one on float32 of the whole operand."""
+    if platform == "cpu" and jnp.dtype(dtype) == jnp.bfloat16:
+        return jnp.dtype(BITS_OF_BFLOAT16)
+    return jnp.dtype(dtype)
+
+
+def pool_shape(config: ModelConfig, num_blocks: int, block_size: int) -> tuple[int, ...]:
+    """[L, N, B, 2K, D]."""
+    return (
+        config.num_layers, num_blocks, block_size, 2 * config.num_kv_heads, config.head_dim,
+    )  # fmt: skip
+
+
+def abstract_pool(
+    config: ModelConfig, num_blocks: int, block_size: int, dtype: DTypeLike, platform: str
+) -> jax.ShapeDtypeStruct:
+    """The pool's shape and type; allocates nothing."""
+    shape = pool_shape(config, num_blocks, block_size)
+    return jax.ShapeDtypeStruct(shape, pool_dtype(dtype, platform))
+
+
+def block_bytes(config: ModelConfig, block_size: int, dtype: DTypeLike) -> int:
+    """Bytes of one block over all layers."""
+    elements = config.num_layers * block_size * 2 * config.num_kv_heads * config.head_dim
+    return elements * jnp.dtype(dtype).itemsize

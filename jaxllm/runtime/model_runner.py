@@ -1,0 +1,218 @@
+"""The device side of the engine: owns parameters, device state and compiled steps."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.config import EngineConfig
+from jaxllm.engine.batch import BatchPacker, Bucket, PackedLayout, table_row
+from jaxllm.engine.sequence import Batch, LogprobRows, Sequence, StepResult
+from jaxllm.models.decoder import Model, Parameters
+from jaxllm.runtime import kv_cache
+from jaxllm.runtime.buckets import MIN_ROWS, fitting, plan_buckets
+from jaxllm.runtime.compilation import Compiler
+from jaxllm.runtime.sampler import Logprobs
+from jaxllm.runtime.step import State, StepOptions, StepOutputs, make_step, write_table_row
+
+logger = logging.getLogger(__name__)
+
+ALLOCATE = "allocate state"
+WRITE_ROW = "write sampling table row"
+FIRST_PROMPT_TOKENS = 128  # the mixed bucket that is compiled first
+
+
+@dataclass
+class RunnerStats:
+    """Counts since start. Tokens of a step: those asked for; padded: those its bucket computed."""
+
+    num_steps: int = 0
+    num_tokens: int = 0
+    num_padded_tokens: int = 0
+    steps_by_bucket: Counter[Bucket] = field(default_factory=Counter)
+
+    @property
+    def padding_share(self) -> float:
+        """The part of all computed tokens that was padding."""
+        return 1 - self.num_tokens / self.num_padded_tokens if self.num_padded_tokens else 0.0
+
+
+@dataclass(frozen=True)
+class DeviceStep:
+    """A dispatched step; see engine.sequence.StepHandle."""
+
+    batch: Batch
+    outputs: StepOutputs
+
+    def result(self) -> StepResult:
+        """Waits for the tokens and fetches what the batch's sequences asked for."""
+        num_seqs = len(self.batch.sequences)
+        params = [s.sequence.params for s in self.batch.sequences]
+        tokens = np.asarray(self.outputs.tokens)[:num_seqs]
+        logprobs = prompt_logprobs = None
+        if any(p.logprobs is not None for p in params):
+            logprobs = _fetch(self.outputs.logprobs, num_seqs)
+        if any(p.prompt_logprobs is not None for p in params):
+            if self.outputs.prompt_logprobs.logprobs.shape[0]:
+                prompt_logprobs = _fetch(self.outputs.prompt_logprobs, self.batch.num_tokens)
+        return StepResult(tokens, logprobs, prompt_logprobs)
+
+
+class ModelRunner:
+    """Runs batches on one device.
+
+    Compilation begins at construction, in the background; `set_parameters` may come later, so that
+    weights are read meanwhile. A step waits only for a program that it cannot do without.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        config: EngineConfig,
+        compiler: Compiler,
+        *,
+        device: jax.Device,
+        options: StepOptions = StepOptions(),
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.device = device
+        self.stats = RunnerStats()
+        self.buckets = plan_buckets(config.max_num_seqs, config.max_num_batched_tokens)
+        self._compiler = compiler
+        self._options = options
+        self._layouts = {b: PackedLayout(b, config.max_blocks_per_seq) for b in self.buckets}
+        self._packer = BatchPacker(config.max_num_seqs, config.max_blocks_per_seq)
+        self._params: Parameters | None = None
+        self._state: State | None = None
+        self._submit_programs()
+
+    # ---- start-up
+
+    def set_parameters(self, params: Parameters) -> None:
+        """Takes the parameters and allocates the device state."""
+        self._params = params
+        self.reset()
+
+    def wait_until_compiled(self) -> None:
+        """Returns when every program is ready."""
+        self._compiler.wait()
+
+    def reset(self) -> None:
+        """Builds the device state anew; what the pool held is lost."""
+        self._state = None  # freed before its successor is allocated
+        self._packer.reset()
+        self._state = self._compiler.get(ALLOCATE)()
+
+    def close(self) -> None:
+        """Ends compilation and drops parameters and state."""
+        self._compiler.close()
+        self._params = self._state = None
+
+    def temporaries(self) -> int:
+        """Bytes that the largest compiled step needs beside its arguments, by the compiler."""
+        sizes = [0]
+        for bucket in self.buckets:
+            analysis = self._compiler.get(bucket).memory_analysis()
+            sizes.append(analysis.temp_size_in_bytes if analysis else 0)
+        return max(sizes)
+
+    def abstract_state(self) -> State:
+        """The shapes and types of the device state."""
+        config, vocab_size = self.config, self.model.config.vocab_size
+        num_slots = config.max_num_seqs
+        return State(
+            kv_cache.abstract_pool(
+                self.model.config, config.num_blocks, config.block_size, self.model.dtype,
+                self.device.platform,
+            ),
+            jax.ShapeDtypeStruct((num_slots,), jnp.int32),
+            jax.ShapeDtypeStruct((num_slots, vocab_size), jnp.int32),
+            jax.ShapeDtypeStruct((num_slots, vocab_size), jnp.float32),
+        )  # fmt: skip
+
+    def _submit_programs(self) -> None:
+        state, params = self.abstract_state(), self.model.abstract_parameters()
+        state_tree = jax.tree.structure(state)
+        key = (self.model.config, self.model.layer_loop, str(self.model.dtype), self._options)
+
+        def allocate() -> State:
+            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)
+
+        submit = self._compiler.submit
+        submit(ALLOCATE, allocate, (), state_tree, donate=None, key=(*key, state))
+        out_tree = jax.tree.structure((state, _outputs_tree()))
+        for bucket in self._compilation_order():
+            layout = self._layouts[bucket]
+            packed = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
+            step = make_step(self.model, layout, self._options)
+            submit(bucket, step, (params, state, packed), out_tree, donate=1, key=key)
+        row = (
+            jax.ShapeDtypeStruct((), jnp.int32),
+            jax.ShapeDtypeStruct(state.token_info.shape[1:], jnp.int32),
+            jax.ShapeDtypeStruct(state.logit_bias.shape[1:], jnp.float32),
+        )
+        submit(WRITE_ROW, write_table_row, (state, *row), state_tree, donate=0, key=key)
+
+    def _compilation_order(self) -> list[Bucket]:
+        """First what the first request needs, then the bucket that can run anything."""
+        largest = max(self.buckets, key=lambda b: (not b.decode_only, b.num_tokens, b.num_seqs))
+        first_tokens = min(FIRST_PROMPT_TOKENS, largest.num_tokens)
+
+        def rank(bucket: Bucket) -> tuple[Any, ...]:
+            small = bucket.num_seqs == MIN_ROWS
+            first = small and (bucket.decode_only or bucket.num_tokens == first_tokens)
+            return not first, bucket != largest, not bucket.decode_only, bucket.num_tokens
+
+        return sorted(self.buckets, key=rank)
+
+    # ---- steps
+
+    def execute(self, batch: Batch) -> DeviceStep:
+        """Dispatches a step and returns at once."""
+        assert self._params is not None, "set_parameters comes first"
+        assert self._state is not None
+        with self._compiler.guard():
+            for sequence in self._packer.new_table_rows(batch):
+                self._write_table_row(sequence)
+            bucket = self._choose(batch)
+            packed = self._packer.pack(batch, self._layouts[bucket])
+            step = self._compiler.get(bucket)
+            self._state, outputs = step(self._params, self._state, packed)
+            outputs.tokens.copy_to_host_async()
+        self._count(batch, bucket)
+        return DeviceStep(batch, outputs)
+
+    def _choose(self, batch: Batch) -> Bucket:
+        """The least padded bucket among those that are compiled, else the one compiled next."""
+        num_seqs = len(batch.sequences)
+        fits = fitting(self.buckets, batch.num_tokens, num_seqs, batch.num_decodes == num_seqs)
+        assert fits, f"no bucket holds {batch.num_tokens} tokens of {num_seqs} sequences"
+        return next((b for b in fits if self._compiler.is_ready(b)), fits[0])
+
+    def _write_table_row(self, sequence: Sequence) -> None:
+        info, bias = table_row(sequence, self.model.config.vocab_size)
+        write = self._compiler.get(WRITE_ROW)
+        self._state = write(self._state, np.int32(sequence.slot), info, bias)
+
+    def _count(self, batch: Batch, bucket: Bucket) -> None:
+        self.stats.num_steps += 1
+        self.stats.num_tokens += batch.num_tokens
+        self.stats.num_padded_tokens += bucket.num_tokens
+        self.stats.steps_by_bucket[bucket] += 1
+
+
+def _outputs_tree() -> StepOutputs:
+    logprobs = Logprobs(0, 0, 0, 0)  # type: ignore[arg-type]
+    return StepOutputs(0, logprobs, logprobs)  # type: ignore[arg-type]
+
+
+def _fetch(rows: Logprobs, num_rows: int) -> LogprobRows:
+    host: list[np.ndarray] = [np.asarray(array)[:num_rows] for array in rows]
+    return LogprobRows(*host)

@@ -1,0 +1,231 @@
+"""From logits to tokens, on the device, each row with its own options.
+
+Filters (min_p, top_k, top_p) each keep the tokens whose logit is within some distance of the row's
+best one. Distances of top_k and top_p are found by bisection, so the vocabulary is never sorted;
+of tokens with equal logits at the border all are kept. What no row of a batch asks for is skipped.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.engine.batch import IN_PROMPT, IS_STOP
+from jaxllm.sampling_params import MAX_LOGPROBS
+
+COUNT_MASK = IS_STOP - 1
+DRAW_BLOCK = 128  # tokens of a block when drawing: first the block, then the token in it
+
+
+class SamplingInputs(NamedTuple):
+    """The options of each of S rows; see SamplingParams and batch.INT_FIELDS."""
+
+    temperature: jax.Array  # [S] float32, 0: greedy
+    top_k: jax.Array  # [S] int32, 0: off
+    top_p: jax.Array  # [S] float32, 1: off
+    min_p: jax.Array  # [S] float32, 0: off
+    repetition_penalty: jax.Array  # [S] float32, 1: off
+    presence_penalty: jax.Array  # [S] float32
+    frequency_penalty: jax.Array  # [S] float32
+    min_tokens: jax.Array  # [S] int32
+    output_lens: jax.Array  # [S] int32, tokens generated so far
+    seed_low: jax.Array  # [S] int32
+    seed_high: jax.Array  # [S] int32
+    uses_table: jax.Array  # [S] int32
+
+
+class Logprobs(NamedTuple):
+    """Raw log-probabilities of R rows, as in engine.sequence.LogprobRows."""
+
+    logprobs: jax.Array  # [R] float32
+    ranks: jax.Array  # [R] int32
+    top_token_ids: jax.Array  # [R, MAX_LOGPROBS] int32
+    top_logprobs: jax.Array  # [R, MAX_LOGPROBS] float32
+
+
+def sample(
+    logits: jax.Array,  # [S, V] float32
+    inputs: SamplingInputs,
+    token_info: jax.Array,  # [num_slots, V] int32
+    logit_bias: jax.Array,  # [num_slots, V] float32
+    slots: jax.Array,  # [S] int32
+) -> jax.Array:
+    """The next token of each row, [S] int32."""
+
+    def with_table(logits: jax.Array) -> jax.Array:
+        changed = apply_table(logits, inputs, token_info[slots], logit_bias[slots])
+        return jnp.where(inputs.uses_table[:, None] > 0, changed, logits)
+
+    logits = jax.lax.cond(jnp.any(inputs.uses_table > 0), with_table, lambda x: x, logits)
+    best = _argmax(logits)
+    return jax.lax.cond(
+        jnp.any(inputs.temperature > 0),
+        lambda: jnp.where(inputs.temperature > 0, draw(logits, inputs), best),
+        lambda: best,
+    )
+
+
+def apply_table(
+    logits: jax.Array,  # [S, V]
+    inputs: SamplingInputs,
+    token_info: jax.Array,  # [S, V]
+    logit_bias: jax.Array,  # [S, V]
+) -> jax.Array:
+    """Logits with bias, bans, min_tokens and penalties. Repetition: Keskar et al. 2019, section
+    4.1, over prompt and output; presence and frequency: over the output, as OpenAI defines them."""
+
+    def column(x: jax.Array) -> jax.Array:
+        return x[:, None]
+
+    too_early = column(inputs.output_lens < inputs.min_tokens) & (token_info & IS_STOP > 0)
+    logits = jnp.where(too_early, -jnp.inf, logits + logit_bias)
+    count = (token_info & COUNT_MASK).astype(jnp.float32)
+    seen = (count > 0) | (token_info & IN_PROMPT > 0)
+    penalty = column(inputs.repetition_penalty)
+    repeated = jnp.where(logits > 0, logits / penalty, logits * penalty)
+    logits = jnp.where(seen, repeated, logits)
+    logits -= column(inputs.frequency_penalty) * count
+    return logits - column(inputs.presence_penalty) * (count > 0)
+
+
+def draw(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
+    """A token of each row [S, V] by temperature, min_p, top_k and top_p."""
+    temperature = jnp.where(inputs.temperature > 0, inputs.temperature, 1.0)
+    logits = logits / temperature[:, None]
+    distance = logits.max(axis=-1, keepdims=True) - logits  # [S, V], 0 for the best, inf: banned
+    distance = jnp.where(jnp.isnan(distance), jnp.inf, distance)
+    border = filter_border(distance, inputs)
+    weights = jnp.where(distance <= border[:, None], jnp.exp(-distance), 0.0)
+    return _draw_from(weights, _uniforms(inputs))
+
+
+def filter_border(distance: jax.Array, inputs: SamplingInputs) -> jax.Array:
+    """[S]: tokens [S, V] farther than this from the best one are filtered out."""
+    border = -jnp.log(inputs.min_p)  # inf where min_p is 0
+
+    def by_top_k(border: jax.Array) -> jax.Array:
+        limit = jnp.where(inputs.top_k > 0, inputs.top_k, distance.shape[1]).astype(jnp.float32)
+        found = _smallest_border(distance, jnp.ones_like(distance), limit)
+        return jnp.where(inputs.top_k > 0, jnp.minimum(border, found), border)
+
+    def by_top_p(border: jax.Array) -> jax.Array:
+        weights = jnp.where(distance <= border[:, None], jnp.exp(-distance), 0.0)
+        found = _smallest_border(distance, weights, inputs.top_p * weights.sum(axis=-1))
+        return jnp.where(inputs.top_p < 1, jnp.minimum(border, found), border)
+
+    border = jax.lax.cond(jnp.any(inputs.top_k > 0), by_top_k, lambda b: b, border)
+    return jax.lax.cond(jnp.any(inputs.top_p < 1), by_top_p, lambda b: b, border)
+
+
+def _smallest_border(distance: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
+    """[S]: the smallest b such that the weights of the tokens with distance <= b reach the target,
+    infinity where all together do not.
+
+    Bisection over the bit patterns of non-negative floats, which are ordered as the floats are: at
+    most 31 passes, and done once a single token is left between what suffices and what does not.
+    """
+    key = jax.lax.bitcast_convert_type(distance, jnp.int32)  # [S, V] >= 0
+
+    def measure(border: jax.Array) -> tuple[jax.Array, jax.Array]:
+        inside = key <= border[:, None]
+        return jnp.where(inside, weights, 0.0).sum(axis=-1), inside.sum(axis=-1)
+
+    def unfinished(carry: tuple[jax.Array, ...]) -> jax.Array:
+        low, high, low_count, high_count = carry
+        return jnp.any((high - low > 1) & (high_count - low_count > 1))
+
+    def halve(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        low, high, low_count, high_count = carry
+        middle = low + (high - low) // 2
+        mass, count = measure(middle)
+        enough = mass >= target
+        return (
+            jnp.where(enough, low, middle), jnp.where(enough, middle, high),
+            jnp.where(enough, low_count, count), jnp.where(enough, count, high_count),
+        )  # fmt: skip
+
+    num_rows, vocab_size = distance.shape
+    infinity = jax.lax.bitcast_convert_type(jnp.float32(jnp.inf), jnp.int32)
+    _, high, _, _ = jax.lax.while_loop(
+        unfinished,
+        halve,
+        (
+            jnp.full(num_rows, -1), jnp.full(num_rows, infinity),
+            jnp.zeros(num_rows, jnp.int32), jnp.full(num_rows, vocab_size),
+        ),
+    )  # fmt: skip
+    return jax.lax.bitcast_convert_type(high, jnp.float32)
+
+
+def _uniforms(inputs: SamplingInputs) -> jax.Array:
+    """[S, 2] in [0, 1): of the row's seed and its position in the output, of nothing else."""
+
+    def row(low: jax.Array, high: jax.Array, position: jax.Array) -> jax.Array:
+        key = jax.random.wrap_key_data(jnp.stack([high, low]).astype(jnp.uint32))
+        bits = jax.random.bits(jax.random.fold_in(key, position), (2,), jnp.uint32)
+        return (bits >> 8).astype(jnp.float32) * 2.0**-24
+
+    return jax.vmap(row)(inputs.seed_low, inputs.seed_high, inputs.output_lens)
+
+
+def _draw_from(weights: jax.Array, uniforms: jax.Array) -> jax.Array:
+    """Inverse transform sampling in two stages, [S]: a block of the vocabulary, a token in it. Two
+    numbers of 24 bits reach tokens that one could not, and the sums stay short."""
+    num_rows, vocab_size = weights.shape
+    padding = -vocab_size % DRAW_BLOCK
+    blocks = jnp.pad(weights, ((0, 0), (0, padding))).reshape(num_rows, -1, DRAW_BLOCK)
+    block = _pick(blocks.sum(axis=-1), uniforms[:, 0])  # [S]
+    token = _pick(blocks[jnp.arange(num_rows), block], uniforms[:, 1])
+    return block * DRAW_BLOCK + token
+
+
+def _pick(weights: jax.Array, uniform: jax.Array) -> jax.Array:
+    """[S]: the first index of each row [S, n] whose running sum exceeds uniform x total."""
+    running = jnp.cumsum(weights, axis=-1)
+    index = (running <= uniform[:, None] * running[:, -1:]).sum(axis=-1)
+    # Rounding may carry the product up to the total: then it is the last one that has a weight.
+    last = weights.shape[-1] - 1 - _argmax((weights[:, ::-1] > 0).astype(jnp.float32))
+    return jnp.minimum(index, last).astype(jnp.int32)
+
+
+def _argmax(x: jax.Array) -> jax.Array:
+    """[S]: the first index of each row's maximum. Two plain reductions: XLA's own argmax is one
+    over pairs, which the CPU backend does not vectorise."""
+    index = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+    is_best = x == x.max(axis=-1, keepdims=True)
+    return jnp.where(is_best, index, x.shape[-1] - 1).min(axis=-1)
+
+
+def count_tokens(
+    token_info: jax.Array, slots: jax.Array, tokens: jax.Array, counted: jax.Array
+) -> jax.Array:
+    """token_info [num_slots, V] with one more of tokens[s] in row slots[s], where counted."""
+    row = jnp.where(counted, slots, token_info.shape[0])  # out of range: dropped
+    return token_info.at[row, tokens].add(1, mode="drop")
+
+
+def raw_logprobs(logits: jax.Array, tokens: jax.Array) -> Logprobs:
+    """Of the chosen tokens [R] and the most likely ones, under softmax(logits [R, V])."""
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)  # [R, 1]
+    log_total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    num_top = min(MAX_LOGPROBS, logits.shape[-1])
+    top, top_ids = jax.lax.top_k(logits, num_top)
+    missing = ((0, 0), (0, MAX_LOGPROBS - num_top))
+    return Logprobs(
+        (chosen - log_total)[:, 0],
+        1 + (logits > chosen).sum(axis=-1, dtype=jnp.int32),
+        jnp.pad(top_ids.astype(jnp.int32), missing),
+        jnp.pad(top - log_total, missing, constant_values=-jnp.inf),
+    )
+
+
+def no_logprobs(num_rows: int) -> Logprobs:
+    """What stands in for log-probabilities that nobody asked for."""
+    return Logprobs(
+        jnp.zeros(num_rows, jnp.float32),
+        jnp.zeros(num_rows, jnp.int32),
+        jnp.zeros((num_rows, MAX_LOGPROBS), jnp.int32),
+        jnp.zeros((num_rows, MAX_LOGPROBS), jnp.float32),
+    )

@@ -1,0 +1,183 @@
+"""The one function that is compiled: from a packed buffer to sampled tokens and the next state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.engine.batch import FLOAT_FIELDS, ON_DEVICE, PackedLayout
+from jaxllm.models.decoder import Model, Parameters
+from jaxllm.runtime import sampler
+from jaxllm.runtime.sampler import Logprobs, SamplingInputs
+from pallas_kernels.ragged_paged_attention.api import ragged_paged_attention
+from pallas_kernels.ragged_paged_attention.layout import TokenRows, token_rows
+
+LOGPROB_TILE = 64  # prompt rows whose logits [64, V] are in memory at a time
+
+
+class State(NamedTuple):
+    """What stays on the device between steps; donated to each."""
+
+    kv_pool: jax.Array  # [L, N, B, 2K, D]
+    last_tokens: jax.Array  # [num_slots] int32, what each slot's sequence sampled last
+    token_info: jax.Array  # [num_slots, V] int32, see batch.table_row
+    logit_bias: jax.Array  # [num_slots, V] float32
+
+
+class StepOutputs(NamedTuple):
+    """What the host may fetch of a step."""
+
+    tokens: jax.Array  # [S] int32
+    logprobs: Logprobs  # of S rows
+    prompt_logprobs: Logprobs  # of T rows
+
+
+class StepOptions(NamedTuple):
+    """What a step is compiled for, beside its model and its bucket."""
+
+    attention: str | None = None  # an implementation's name; None: the best of the platform
+
+
+def make_step(
+    model: Model, layout: PackedLayout, options: StepOptions
+) -> Callable[[Parameters, State, jax.Array], tuple[State, StepOutputs]]:
+    """step(params, state, packed) -> (state, outputs) for one bucket."""
+
+    def step(params: Parameters, state: State, packed: jax.Array) -> tuple[State, StepOutputs]:
+        batch = unpack(packed, layout)
+        num_tokens = layout.bucket.num_tokens
+        rows = token_rows(
+            num_tokens, batch["seq_lens"], batch["query_start"], batch["distribution"]
+        )
+        token_ids = _known_or_sampled(batch, rows, state.last_tokens)
+        prompt_lens = batch["prompt_lens"][rows.sequence]
+        hidden, kv_pool = model.forward(
+            params,
+            token_ids,
+            rows.position,
+            jnp.maximum(prompt_lens, rows.position + 1),
+            state.kv_pool,
+            _attend(model, batch, layout, options),
+        )  # hidden: [T, E]
+        last_rows = jnp.maximum(batch["query_start"][1:] - 1, 0)
+        logits = model.logits(params, hidden[last_rows])  # [S, V] float32
+
+        inputs = SamplingInputs(**{name: batch[name] for name in SamplingInputs._fields})
+        tokens = sampler.sample(logits, inputs, state.token_info, state.logit_bias, batch["slots"])
+        logprobs = jax.lax.cond(
+            jnp.any(batch["wants_logprobs"] > 0),
+            lambda: sampler.raw_logprobs(logits, tokens),
+            lambda: sampler.no_logprobs(tokens.shape[0]),
+        )
+        outputs = StepOutputs(
+            tokens,
+            logprobs,
+            _prompt_logprobs(model, params, hidden, token_ids, rows, batch, layout),
+        )
+        return _next_state(state, kv_pool, batch, tokens), outputs
+
+    return step
+
+
+def unpack(packed: jax.Array, layout: PackedLayout) -> dict[str, jax.Array]:
+    """The fields of a packed buffer, floats as float32."""
+    fields = {}
+    for name, (offset, shape) in layout.fields.items():
+        field = jax.lax.slice_in_dim(packed, offset, offset + math.prod(shape)).reshape(shape)
+        if name in FLOAT_FIELDS:
+            field = jax.lax.bitcast_convert_type(field, jnp.float32)
+        fields[name] = field
+    return fields
+
+
+def write_table_row(state: State, slot: jax.Array, info: jax.Array, bias: jax.Array) -> State:
+    """The state with one slot's row of the sampling table replaced."""
+    return state._replace(
+        token_info=state.token_info.at[slot].set(info),
+        logit_bias=state.logit_bias.at[slot].set(bias),
+    )
+
+
+def _known_or_sampled(
+    batch: dict[str, jax.Array], rows: TokenRows, last_tokens: jax.Array
+) -> jax.Array:
+    """[T]: token ids, those that the host does not send taken from the device's state."""
+    sampled = last_tokens[batch["slots"][rows.sequence]]
+    return jnp.where(batch["token_ids"] == ON_DEVICE, sampled, batch["token_ids"])
+
+
+def _attend(
+    model: Model, batch: dict[str, jax.Array], layout: PackedLayout, options: StepOptions
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    def attend(
+        q: jax.Array, k: jax.Array, v: jax.Array, kv_pool: jax.Array, layer: Any, window: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        return ragged_paged_attention(
+            q, k, v, kv_pool, layer, batch["seq_lens"], batch["block_tables"],
+            batch["query_start"], batch["distribution"],
+            scale=model.config.head_dim**-0.5,
+            window=window,
+            max_query_len=1 if layout.bucket.decode_only else None,
+            implementation=options.attention,
+        )  # fmt: skip
+
+    return attend
+
+
+def _next_state(
+    state: State, kv_pool: jax.Array, batch: dict[str, jax.Array], tokens: jax.Array
+) -> State:
+    samples = batch["samples"] > 0
+    num_slots = state.last_tokens.shape[0]
+    written = jnp.where(samples, batch["slots"], num_slots)  # out of range: dropped
+    counted = samples & (batch["uses_table"] > 0)
+    return State(
+        kv_pool,
+        state.last_tokens.at[written].set(tokens, mode="drop"),
+        sampler.count_tokens(state.token_info, batch["slots"], tokens, counted),
+        state.logit_bias,
+    )
+
+
+def _prompt_logprobs(
+    model: Model,
+    params: Parameters,
+    hidden: jax.Array,  # [T, E]
+    token_ids: jax.Array,  # [T]
+    rows: TokenRows,
+    batch: dict[str, jax.Array],
+    layout: PackedLayout,
+) -> Logprobs:
+    """Of the known token after each of the T tokens, a tile at a time: the logits of a whole
+    prompt would not fit in memory."""
+    num_tokens = token_ids.shape[0]
+    if layout.bucket.decode_only:  # no row has a known token after it
+        return sampler.no_logprobs(0)
+    following = jnp.roll(token_ids, -1)
+    is_last = jnp.arange(num_tokens) + 1 == batch["query_start"][rows.sequence + 1]
+    following = jnp.where(is_last, batch["next_token_ids"][rows.sequence], following)
+    padding = -num_tokens % LOGPROB_TILE
+
+    def tile(args: tuple[jax.Array, jax.Array]) -> Logprobs:
+        return sampler.raw_logprobs(model.logits(params, args[0]), args[1])
+
+    def compute() -> Logprobs:
+        tiles = jax.lax.map(
+            tile,
+            (
+                jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, LOGPROB_TILE, hidden.shape[1]),
+                jnp.pad(following, (0, padding)).reshape(-1, LOGPROB_TILE),
+            ),
+        )
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_tokens], tiles)
+
+    return jax.lax.cond(
+        jnp.any(batch["wants_prompt_logprobs"] > 0),
+        compute,
+        partial(sampler.no_logprobs, num_tokens),
+    )
