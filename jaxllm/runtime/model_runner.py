@@ -58,9 +58,9 @@ class DeviceStep:
         logprobs = prompt_logprobs = None
         if any(p.logprobs is not None for p in params):
             logprobs = _fetch(self.outputs.logprobs, num_seqs)
-        if any(p.prompt_logprobs is not None for p in params):
-            if self.outputs.prompt_logprobs.logprobs.shape[0]:
-                prompt_logprobs = _fetch(self.outputs.prompt_logprobs, self.batch.num_tokens)
+        has_prompt_rows = self.outputs.prompt_logprobs.logprobs.shape[0] > 0
+        if has_prompt_rows and any(p.prompt_logprobs is not None for p in params):
+            prompt_logprobs = _fetch(self.outputs.prompt_logprobs, self.batch.num_tokens)
         return StepResult(tokens, logprobs, prompt_logprobs)
 
 
@@ -78,7 +78,7 @@ class ModelRunner:
         compiler: Compiler,
         *,
         device: jax.Device,
-        options: StepOptions = StepOptions(),
+        options: StepOptions | None = None,
     ) -> None:
         self.model = model
         self.config = config
@@ -86,11 +86,12 @@ class ModelRunner:
         self.stats = RunnerStats()
         self.buckets = plan_buckets(config.max_num_seqs, config.max_num_batched_tokens)
         self._compiler = compiler
-        self._options = options
+        self._options = options or StepOptions()
         self._layouts = {b: PackedLayout(b, config.max_blocks_per_seq) for b in self.buckets}
         self._packer = BatchPacker(config.max_num_seqs, config.max_blocks_per_seq)
         self._params: Parameters | None = None
         self._state: State | None = None
+        self._order = self._compilation_order()
         self._submit_programs()
 
     # ---- start-up
@@ -148,7 +149,7 @@ class ModelRunner:
         submit = self._compiler.submit
         submit(ALLOCATE, allocate, (), state_tree, donate=None, key=(*key, state))
         out_tree = jax.tree.structure((state, _outputs_tree()))
-        for bucket in self._compilation_order():
+        for bucket in self._order:
             layout = self._layouts[bucket]
             packed = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
             step = make_step(self.model, layout, self._options)
@@ -194,7 +195,8 @@ class ModelRunner:
         num_seqs = len(batch.sequences)
         fits = fitting(self.buckets, batch.num_tokens, num_seqs, batch.num_decodes == num_seqs)
         assert fits, f"no bucket holds {batch.num_tokens} tokens of {num_seqs} sequences"
-        return next((b for b in fits if self._compiler.is_ready(b)), fits[0])
+        ready = next((b for b in fits if self._compiler.is_ready(b)), None)
+        return ready or min(fits, key=self._order.index)
 
     def _write_table_row(self, sequence: Sequence) -> None:
         info, bias = table_row(sequence, self.model.config.vocab_size)
