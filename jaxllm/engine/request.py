@@ -1,0 +1,304 @@
+"""A request inside the engine: its sequences' text, log-probabilities, and what is sent of them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence as AbstractSequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from jaxllm.engine.sequence import LogprobRows, Sequence
+from jaxllm.outputs import (
+    CompletionOutput,
+    Logprob,
+    RequestMetrics,
+    RequestOutput,
+    TokenLogprobs,
+)
+from jaxllm.sampling_params import RequestOutputKind, SamplingParams
+
+
+class QueueFullError(RuntimeError):
+    """The engine takes no more requests now; later it will."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user sent, tokenized. The engine makes params.n sequences of it.
+
+    prompt: the text, only to be handed back. priority: smaller runs earlier, under the priority
+    policy. cache_salt: cached blocks are shared only between requests of the same salt.
+    arrival_time: on the clock of ``time.monotonic``.
+    """
+
+    request_id: str
+    prompt_token_ids: AbstractSequence[int]
+    params: SamplingParams
+    prompt: str | None = None
+    priority: int = 0
+    cache_salt: str | None = None
+    arrival_time: float = field(default_factory=time.monotonic)
+
+    def check(self, vocab_size: int, max_model_len: int) -> list[int]:
+        """The prompt as a list of ints. Raises ValueError with what is wrong."""
+        if not isinstance(self.request_id, str) or not self.request_id:
+            raise ValueError(f"request_id must be a non-empty string, got {self.request_id!r}")
+        if not isinstance(self.params, SamplingParams):
+            raise ValueError(f"params must be SamplingParams, got {type(self.params).__name__}")
+        if not isinstance(self.priority, int) or isinstance(self.priority, bool):
+            raise ValueError(f"priority must be an integer, got {self.priority!r}")
+        if not isinstance(self.cache_salt, str | None):
+            raise ValueError(f"cache_salt must be a string, got {self.cache_salt!r}")
+        if not isinstance(self.arrival_time, int | float) or not math.isfinite(self.arrival_time):
+            raise ValueError(f"arrival_time must be a finite number, got {self.arrival_time!r}")
+        token_ids = _check_token_ids(self.prompt_token_ids, vocab_size)
+        if len(token_ids) >= max_model_len:
+            raise ValueError(
+                f"the prompt has {len(token_ids)} tokens, and at least one is to be generated: "
+                f"max_model_len is {max_model_len}; shorten the prompt or raise max_model_len"
+            )
+        self.params.check_vocabulary(vocab_size)
+        return token_ids
+
+
+def _check_token_ids(token_ids: AbstractSequence[int], vocab_size: int) -> list[int]:
+    if isinstance(token_ids, np.ndarray):
+        token_ids = token_ids.tolist()
+    if not isinstance(token_ids, list | tuple):
+        raise ValueError(f"prompt_token_ids must be a list, got {type(token_ids).__name__}")
+    if not token_ids:
+        raise ValueError("the prompt is empty; give at least one token")
+    for position, token_id in enumerate(token_ids):
+        if type(token_id) is not int and not isinstance(token_id, np.integer):
+            raise ValueError(
+                f"prompt_token_ids must be integers, got {token_id!r} at position {position}"
+            )
+        if not 0 <= token_id < vocab_size:
+            raise ValueError(
+                f"prompt token id {token_id} at position {position} is outside the vocabulary "
+                f"of {vocab_size}"
+            )
+    return [int(token_id) for token_id in token_ids]
+
+
+class Detokenizer(Protocol):
+    """What a sequence needs of jaxllm.text.detokenizer.IncrementalDetokenizer."""
+
+    @property
+    def text(self) -> str: ...
+
+    def push(self, token_ids: AbstractSequence[int]) -> str | None: ...
+
+    def take_delta(self) -> str: ...
+
+    def finish(self) -> str | None: ...
+
+
+class TokenStrings(Protocol):
+    """What log-probabilities need of a tokenizer."""
+
+    def token_string(self, token_id: int) -> str: ...
+
+
+def token_logprobs(
+    rows: LogprobRows, row: int, chosen: int, num_top: int, strings: TokenStrings | None
+) -> TokenLogprobs:
+    """One position: the chosen token first, then the num_top most likely ones."""
+
+    def entry(token_id: int, logprob: float, rank: int) -> Logprob:
+        return Logprob(logprob, rank, strings.token_string(token_id) if strings else None)
+
+    found = {chosen: entry(chosen, float(rows.logprobs[row]), int(rows.ranks[row]))}
+    top_ids = rows.top_token_ids[row, :num_top].tolist()  # [num_top]
+    top_logprobs = rows.top_logprobs[row, :num_top].tolist()  # [num_top]
+    for rank, (token_id, logprob) in enumerate(zip(top_ids, top_logprobs, strict=True), 1):
+        if token_id != chosen:
+            found[token_id] = entry(token_id, logprob, rank)
+    return found
+
+
+class SequenceState:
+    """What the host keeps of one answer beside its Sequence: text and log-probabilities."""
+
+    __slots__ = (
+        "_end_sent", "_lazy", "_max_tokens", "_num_pushed", "_num_sent", "_stop_ids", "_text_end",
+        "cumulative_logprob", "detokenizer", "logprobs", "request", "sequence",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        request: RequestState,
+        sequence: Sequence,
+        detokenizer: Detokenizer | None,
+        max_model_len: int,
+    ):
+        params = sequence.params
+        self.request = request
+        self.sequence = sequence
+        self.detokenizer = detokenizer
+        self.logprobs: list[TokenLogprobs] = []
+        self.cumulative_logprob = 0.0
+        eos: tuple[int, ...] = () if params.ignore_eos else sequence.eos_token_ids
+        self._stop_ids = frozenset((*eos, *(params.stop_token_ids or ())))
+        room = max_model_len - sequence.num_prompt_tokens
+        self._max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        # Nobody sees the text before the end and nothing stops at it: detokenized in one go then.
+        self._lazy = params.output_kind is RequestOutputKind.FINAL_ONLY and not params.stop
+        self._num_pushed = 0
+        self._text_end: int | None = None  # output tokens from here on are not in the text
+        self._num_sent = 0
+        self._end_sent = False
+
+    def append(self, token_id: int) -> str | None:
+        """Takes the next token. Returns the finish reason if it is the last one."""
+        sequence = self.sequence
+        sequence.token_ids.append(token_id)
+        num_output_tokens = len(sequence.token_ids) - sequence.num_prompt_tokens
+        if token_id in self._stop_ids and num_output_tokens >= sequence.params.min_tokens:
+            return self._stop_at(token_id, num_output_tokens)
+        if self.detokenizer is not None and not self._lazy:
+            self._num_pushed = num_output_tokens
+            stop = self.detokenizer.push((token_id,))
+            if stop is not None:
+                sequence.stop_reason = stop
+                return "stop"
+        return "length" if num_output_tokens >= self._max_tokens else None
+
+    def _stop_at(self, token_id: int, num_output_tokens: int) -> str:
+        """A stop token stays in token_ids; its text is left out unless the request wants it."""
+        params = self.sequence.params
+        if params.ignore_eos or token_id not in self.sequence.eos_token_ids:
+            self.sequence.stop_reason = token_id
+        if not params.include_stop_str_in_output:
+            self._text_end = num_output_tokens - 1
+        return "stop"
+
+    def add_logprobs(
+        self, rows: LogprobRows, row: int, token_id: int, strings: TokenStrings | None
+    ) -> None:
+        """Takes the log-probabilities of the token that comes next."""
+        num_top = self.sequence.params.logprobs
+        assert num_top is not None
+        found = token_logprobs(rows, row, token_id, num_top, strings)
+        self.logprobs.append(found)
+        self.cumulative_logprob += found[token_id].logprob
+
+    def flush(self) -> None:
+        """The sequence has ended: all its text is text now."""
+        if self.detokenizer is None:
+            return
+        rest = self.sequence.output_token_ids[self._num_pushed : self._text_end]
+        if rest:
+            self.detokenizer.push(rest)
+        self._num_pushed = self.sequence.num_output_tokens
+        stop = self.detokenizer.finish()
+        if stop is not None:  # it may have been waiting for the rest of a character
+            self.sequence.stop_reason = stop
+            if self.sequence.finish_reason == "length":
+                self.sequence.finish_reason = "stop"
+
+    def output(self, delta: bool) -> CompletionOutput | None:
+        """The answer so far, or with delta what is new in it, None if nothing is."""
+        sequence, start = self.sequence, 0
+        if delta:
+            start, self._num_sent = self._num_sent, sequence.num_output_tokens
+            if start == self._num_sent and (sequence.finish_reason is None or self._end_sent):
+                return None
+            self._end_sent = sequence.finish_reason is not None
+        text = ""
+        if self.detokenizer is not None:
+            text = self.detokenizer.take_delta() if delta else self.detokenizer.text
+        wants_logprobs = sequence.params.logprobs is not None
+        return CompletionOutput(
+            sequence.index,
+            text,
+            sequence.token_ids[sequence.num_prompt_tokens + start :],
+            self.cumulative_logprob if wants_logprobs else None,
+            self.logprobs[start:] if wants_logprobs else None,
+            sequence.finish_reason,
+            sequence.stop_reason,
+        )
+
+
+class RequestState:
+    """A live request: its sequences and what belongs to all of them."""
+
+    def __init__(self, request: Request, prompt_token_ids: list[int]):
+        self.request = request
+        self.prompt_token_ids = prompt_token_ids
+        self.sequences: list[SequenceState] = []
+        self.num_unfinished = request.params.n
+        self.first_scheduled_time: float | None = None
+        self.first_token_time: float | None = None
+        self.last_step = -1  # in which it was last given a token
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = None
+        if request.params.prompt_logprobs is not None:
+            self.prompt_logprobs = [None]
+        self._prompt_logprobs_sent = False
+        self._metrics: RequestMetrics | None = None
+
+    def add_prompt_logprobs(
+        self, rows: LogprobRows, first_row: int, start: int, end: int, strings: TokenStrings | None
+    ) -> None:
+        """Takes rows about the tokens start + 1 .. end. Those that are known already (the
+        sequence is computed again after a preemption) or are not of the prompt are passed over."""
+        known, num_top = self.prompt_logprobs, self.request.params.prompt_logprobs
+        assert known is not None
+        assert num_top is not None
+        prompt = self.prompt_token_ids
+        for position in range(len(known), min(end + 1, len(prompt))):
+            row = first_row + position - 1 - start
+            known.append(token_logprobs(rows, row, prompt[position], num_top, strings))
+
+    def output(self, now: float) -> RequestOutput | None:
+        """What is sent at this moment; None if the request wants only the final output."""
+        finished, kind = not self.num_unfinished, self.request.params.output_kind
+        if kind is RequestOutputKind.FINAL_ONLY and not finished:
+            return None
+        delta = kind is RequestOutputKind.DELTA
+        outputs = [state.output(delta) for state in self.sequences]
+        return RequestOutput(
+            self.request.request_id,
+            self.request.prompt,
+            self.prompt_token_ids,
+            [output for output in outputs if output is not None],
+            finished,
+            self._prompt_logprobs_to_send(delta),
+            self.metrics(now if finished else None),
+            self.sequences[0].sequence.num_cached_tokens,
+        )
+
+    def _prompt_logprobs_to_send(self, delta: bool) -> list[TokenLogprobs | None] | None:
+        """Once they are complete: with every output, or with delta once."""
+        known = self.prompt_logprobs
+        if known is None or len(known) < len(self.prompt_token_ids):
+            return None
+        if delta and self._prompt_logprobs_sent:
+            return None
+        self._prompt_logprobs_sent = True
+        return known
+
+    def metrics(self, finished_time: float | None = None) -> RequestMetrics:
+        """The request's times; the same object as before while nothing in it changes."""
+        num_preemptions = 0
+        for state in self.sequences:
+            num_preemptions += state.sequence.num_preemptions
+        last = self._metrics
+        if (
+            last is None
+            or finished_time is not None
+            or last.num_preemptions != num_preemptions
+            or last.first_token_time != self.first_token_time
+        ):
+            self._metrics = RequestMetrics(
+                self.request.arrival_time,
+                self.first_scheduled_time,
+                self.first_token_time,
+                finished_time,
+                num_preemptions,
+            )
+        assert self._metrics is not None
+        return self._metrics

@@ -1,0 +1,303 @@
+"""Which tokens the next step computes. There are no phases: each step gives a sequence tokens until
+what is computed catches up with what is known.
+
+The rules, in order:
+1. Running sequences come first, oldest first. Each may claim one token of the budget, whether it
+   decodes or is still at its prompt (the budget is at least max_num_seqs); what nobody claims goes
+   to prompts, oldest first. So a prompt never displaces a decode, and with the budget full of
+   decodes a prompt still progresses by at least one token a step.
+2. A running sequence that finds no free block preempts the youngest running one, possibly itself.
+   Since the youngest come last, the victim is never already part of this step. The oldest always
+   gets its blocks: alone, it can have the whole pool, which holds max_model_len tokens.
+3. Then waiting sequences are admitted in order, nobody overtakes: while a slot and budget are left
+   and all blocks of the known tokens are free now, beyond a watermark of 1 % of the pool (at least
+   a block). Nobody is admitted in a step that preempted. Both keep a sequence from going in and out
+   of the pool. With nothing running there is no watermark, so admission cannot deadlock.
+A preempted sequence goes back to its place by the policy's order, ahead of all that came later, and
+is computed again, as far as the prefix cache has not kept it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import insort
+from collections.abc import Callable, Iterable
+
+from jaxllm.config import EngineConfig
+from jaxllm.engine.block_pool import BlockPool, extend_block_hashes
+from jaxllm.engine.sequence import Batch, ScheduledSequence, Sequence, SequenceStatus
+
+Key = tuple[float, ...]
+
+
+def _fcfs_key(sequence: Sequence) -> Key:
+    return (sequence.arrival_time, sequence.sequence_id)
+
+
+def _priority_key(sequence: Sequence) -> Key:
+    return (sequence.priority, sequence.arrival_time, sequence.sequence_id)
+
+
+class WaitingQueue:
+    """Sequences in the order of a key that never changes and is unique. O(log n) an operation:
+    removed ones stay in the heap until they reach its top or outnumber the others."""
+
+    def __init__(self, key: Callable[[Sequence], Key]):
+        self._key = key
+        self._heap: list[tuple[Key, Sequence]] = []
+        self._ids: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def add(self, sequence: Sequence) -> None:
+        heapq.heappush(self._heap, (self._key(sequence), sequence))
+        self._ids.add(sequence.sequence_id)
+
+    def first(self) -> Sequence:
+        """The next one; the queue is not empty."""
+        while self._heap[0][1].sequence_id not in self._ids:
+            heapq.heappop(self._heap)
+        return self._heap[0][1]
+
+    def pop_first(self) -> Sequence:
+        sequence = self.first()
+        heapq.heappop(self._heap)
+        self._ids.discard(sequence.sequence_id)
+        return sequence
+
+    def discard(self, sequence: Sequence) -> None:
+        """Takes a sequence out for good (it must not be added again)."""
+        self._ids.discard(sequence.sequence_id)
+        if len(self._heap) > 2 * len(self._ids) + 16:
+            self._heap = [entry for entry in self._heap if entry[1].sequence_id in self._ids]
+            heapq.heapify(self._heap)
+
+
+class Scheduler:
+    """Turns waiting and running sequences into the batch of the next step.
+
+    round_budget: called with the number of tokens of a step that computes prompts; returns how many
+    of them to take (a bucket's size), so that a bucket is filled instead of padded. The last
+    prompt's chunk is shortened to that, if at least one of its tokens remains.
+    """
+
+    def __init__(self, config: EngineConfig, round_budget: Callable[[int], int] | None = None):
+        self.config = config
+        self.pool = BlockPool(config.num_blocks, config.block_size, config.enable_prefix_caching)
+        self.num_preemptions = 0
+        self._round_budget = round_budget
+        self._key = _priority_key if config.policy == "priority" else _fcfs_key
+        self._watermark = max(1, config.num_blocks // 100)
+        self._clear()
+
+    def _clear(self) -> None:
+        self._waiting = WaitingQueue(self._key)
+        self._running: list[Sequence] = []  # oldest first
+        self._free_slots = list(range(self.config.max_num_seqs - 1, -1, -1))
+        self._fresh: set[int] = set()  # blocks registered in this step, so not computed before it
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def running(self) -> tuple[Sequence, ...]:
+        """The sequences that hold a slot, oldest first."""
+        return tuple(self._running)
+
+    def add(self, sequence: Sequence) -> None:
+        self._waiting.add(sequence)
+
+    def finish(self, sequence: Sequence, reason: str) -> None:
+        """Ends a sequence at any moment, whatever it is doing, and frees what it holds."""
+        if sequence.status is SequenceStatus.RUNNING:
+            self._running.remove(sequence)
+            self._release(sequence)
+        elif sequence.status is SequenceStatus.WAITING:
+            self._waiting.discard(sequence)
+        sequence.status = SequenceStatus.FINISHED
+        sequence.finish_reason = reason
+
+    def restart(self, sequences: Iterable[Sequence]) -> None:
+        """After the device lost its state: these unfinished sequences, which must be all, wait to
+        be computed again; the pool is empty. Needs no consistent state to begin with."""
+        self.pool.clear()
+        self._clear()
+        for sequence in sequences:
+            if sequence.status is SequenceStatus.RUNNING:
+                self._count_preemption(sequence)
+            sequence.status = SequenceStatus.WAITING
+            sequence.slot = -1
+            sequence.num_computed_tokens = 0
+            sequence.block_table.clear()
+            self._waiting.add(sequence)
+
+    def schedule(self) -> Batch | None:
+        """The next step's batch, or None if there is nothing to do. The step is taken as run:
+        num_computed_tokens already counts its tokens."""
+        self._fresh.clear()
+        decodes: list[ScheduledSequence] = []
+        chunks: list[ScheduledSequence] = []
+        num_preemptions = self.num_preemptions
+        budget = self._schedule_running(decodes, chunks)
+        if num_preemptions == self.num_preemptions:
+            budget = self._admit(budget, decodes, chunks)
+        num_tokens = self.config.max_num_batched_tokens - budget
+        if chunks and self._round_budget is not None:
+            num_tokens = self._shorten_last(chunks, num_tokens, self._round_budget(num_tokens))
+        if not num_tokens:
+            return None
+        return Batch(decodes + chunks, num_tokens, len(decodes))
+
+    def _schedule_running(
+        self, decodes: list[ScheduledSequence], chunks: list[ScheduledSequence]
+    ) -> int:
+        """Gives the running sequences their tokens. Returns what is left of the budget."""
+        running = self._running
+        block_size = self.config.block_size
+        budget = self.config.max_num_batched_tokens
+        index = 0
+        while index < len(running):  # preemption shortens the list from its end
+            sequence = running[index]
+            index += 1
+            start = sequence.num_computed_tokens
+            num_tokens = len(sequence.token_ids) - start
+            if num_tokens > 1:
+                num_tokens = min(num_tokens, budget - (len(running) - index))
+            end = start + num_tokens
+            num_missing = -(-end // block_size) - len(sequence.block_table)
+            if num_missing > 0 and not self._take_blocks(sequence, num_missing):
+                break  # it was the youngest, and preempted itself
+            samples = end == len(sequence.token_ids)
+            scheduled = ScheduledSequence(sequence, start, num_tokens, samples)
+            (decodes if samples and num_tokens == 1 else chunks).append(scheduled)
+            sequence.num_computed_tokens = end
+            if start // block_size != end // block_size:
+                self._register(sequence, start, end)
+            budget -= num_tokens
+        return budget
+
+    def _take_blocks(self, sequence: Sequence, count: int) -> bool:
+        """Allocates for a running sequence, preempting the youngest as long as that is needed."""
+        while self.pool.num_free_blocks < count:
+            victim = self._running.pop()
+            self._release(victim)
+            self._count_preemption(victim)
+            victim.status = SequenceStatus.WAITING
+            self._waiting.add(victim)
+            if victim is sequence:
+                return False
+        sequence.block_table += self.pool.allocate(count)
+        return True
+
+    def _count_preemption(self, sequence: Sequence) -> None:
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+
+    def _release(self, sequence: Sequence) -> None:
+        self.pool.free(sequence.block_table)
+        sequence.block_table.clear()
+        sequence.num_computed_tokens = 0
+        self._free_slots.append(sequence.slot)
+        sequence.slot = -1
+
+    def _register(self, sequence: Sequence, start: int, end: int) -> None:
+        """Makes the blocks that this step fills findable, for others of this very step too."""
+        if not self.pool.enable_prefix_caching:
+            return
+        block_size = self.config.block_size
+        hashes = sequence.block_hashes
+        extend_block_hashes(hashes, sequence.token_ids, block_size, sequence.cache_salt)
+        for index in range(start // block_size, end // block_size):
+            block = sequence.block_table[index]
+            if self.pool.register(block, hashes[index]):
+                self._fresh.add(block)
+
+    def _admit(
+        self, budget: int, decodes: list[ScheduledSequence], chunks: list[ScheduledSequence]
+    ) -> int:
+        """Moves waiting sequences into free slots, each with its first chunk. Returns what is left
+        of the budget."""
+        while budget and self._free_slots and len(self._waiting):
+            if self.pool.num_free_blocks <= (self._watermark if self._running else 0):
+                break  # before any look-up: a full pool costs nothing
+            sequence = self._waiting.first()
+            cached = self._cached_blocks(sequence)
+            if not self._fits(sequence, cached):
+                break
+            self._waiting.pop_first()
+            start = self._start(sequence, cached)
+            end = min(len(sequence.token_ids), start + budget)
+            num_missing = -(-end // self.config.block_size) - len(cached)
+            sequence.block_table += self.pool.allocate(num_missing)
+            sequence.num_computed_tokens = end
+            samples = end == len(sequence.token_ids)
+            scheduled = ScheduledSequence(sequence, start, end - start, samples)
+            # A row that reads blocks of this very step has to come after the rows that write them.
+            is_decode = samples and end - start == 1 and self._fresh.isdisjoint(cached)
+            (decodes if is_decode else chunks).append(scheduled)
+            self._register(sequence, start, end)
+            budget -= end - start
+        return budget
+
+    def _cached_blocks(self, sequence: Sequence) -> list[int]:
+        """The blocks of the pool that the sequence can begin with. At least one token is left to
+        compute; all are where the log-probabilities of the prompt are still to be delivered
+        (by the first of a request's sequences, for all)."""
+        if not self.pool.enable_prefix_caching:
+            return []
+        if (
+            sequence.params.prompt_logprobs is not None
+            and sequence.index == 0
+            and sequence.num_output_tokens == 0
+        ):
+            return []
+        block_size = self.config.block_size
+        hashes = sequence.block_hashes
+        extend_block_hashes(hashes, sequence.token_ids, block_size, sequence.cache_salt)
+        return self.pool.match_prefix(hashes[: (len(sequence.token_ids) - 1) // block_size])
+
+    def _fits(self, sequence: Sequence, cached: list[int]) -> bool:
+        """Whether all known tokens find room, not only the first chunk's: else a long prompt would
+        be admitted, run out of blocks half-way, and be preempted."""
+        num_blocks = -(-len(sequence.token_ids) // self.config.block_size)
+        num_needed = num_blocks - len(cached) + self.pool.num_free_among(cached)
+        spare = self._watermark if self._running else 0
+        return num_needed + spare <= self.pool.num_free_blocks
+
+    def _start(self, sequence: Sequence, cached: list[int]) -> int:
+        """Gives a sequence its slot and cached blocks. Returns the first token to compute."""
+        self.pool.acquire(cached)
+        start = len(cached) * self.config.block_size
+        self.pool.num_queried_tokens += len(sequence.token_ids)
+        self.pool.num_hit_tokens += start
+        if not sequence.num_preemptions:
+            sequence.num_cached_tokens = start
+        sequence.status = SequenceStatus.RUNNING
+        sequence.slot = self._free_slots.pop()
+        sequence.block_table += cached
+        insort(self._running, sequence, key=self._key)
+        return start
+
+    def _shorten_last(
+        self, chunks: list[ScheduledSequence], num_tokens: int, preferred: int
+    ) -> int:
+        """Takes tokens off the last chunk until the step has the preferred number. Only the last:
+        others of this step may share the blocks that an earlier one computes."""
+        last = chunks[-1]
+        surplus = num_tokens - preferred
+        if not 0 < surplus < last.num_tokens:
+            return num_tokens
+        sequence, kept = last.sequence, last.num_tokens - surplus
+        old_end, new_end = last.start + last.num_tokens, last.start + kept
+        block_size = self.config.block_size
+        for index in range(new_end // block_size, old_end // block_size):
+            self.pool.forget(sequence.block_table[index])
+        sequence.num_computed_tokens = new_end  # its blocks stay, the next step fills them
+        chunks[-1] = ScheduledSequence(sequence, last.start, kept, samples=False)
+        return preferred
