@@ -120,7 +120,11 @@ def load_tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
 
 def load_tokenizer_from_folder(folder: Path) -> Tokenizer:
     """The tokenizer of a Hugging Face model folder. Raises ModelError if there is none, or a file
-    is corrupt. No code of the folder is run."""
+    is corrupt. No code of the folder is run.
+
+    As in transformers 5, the post-processor of tokenizer.json decides about BOS and EOS;
+    add_bos_token and add_eos_token of tokenizer_config.json are for older formats.
+    """
     folder = Path(folder)
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -132,9 +136,6 @@ def load_tokenizer_from_folder(folder: Path) -> Tokenizer:
     config = _read_json(folder / "tokenizer_config.json")
     special = _special_tokens(config, _read_json(folder / "special_tokens_map.json"))
     _add_missing_tokens(backend, config, special)
-    if "add_bos_token" in config or "add_eos_token" in config:
-        add_bos, add_eos = (bool(config.get(f"add_{end}_token")) for end in ("bos", "eos"))
-        _add_ends(backend, special, add_bos, add_eos)
     return Tokenizer(backend, special, _read_chat_template(folder, config))
 
 
@@ -227,13 +228,16 @@ def _listed_tokens(entries: Mapping[str, Any]) -> list[AddedToken]:
 def _read_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ModelError(f"{path} is not UTF-8: {error}") from error
     template = _read_json(folder / "chat_template.json").get("chat_template")
     if template is None:
         template = config.get("chat_template")
     if isinstance(template, list):  # [{"name": "default", "template": ...}, ...]
-        named = {entry.get("name"): entry.get("template") for entry in template}
-        template = named.get("default")
+        named = [e for e in template if isinstance(e, dict) and e.get("name") == "default"]
+        template = named[0].get("template") if named else None
     if template is not None and not isinstance(template, str):
         raise ModelError(f"{folder}: the chat template must be a string, got {template!r:.80}")
     return template
