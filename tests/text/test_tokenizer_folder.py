@@ -39,7 +39,7 @@ def reference(folder: Path) -> PreTrainedTokenizerFast:
 
 def assert_equal(folder: Path) -> None:
     ours, theirs = load_tokenizer_from_folder(folder), reference(folder)
-    for text in TEXTS:
+    for text in [*TEXTS, "the fox<|tool|>fox<a<x>b<pad>"]:
         for add in (True, False):
             expected = theirs.encode(text, add_special_tokens=add)
             assert ours.encode(text, add_special_tokens=add) == expected
@@ -87,16 +87,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_ids_and_texts_equal_transformers(name: str, tmp_path: Path) -> None:
-    folder = write_folder(tmp_path, **CONFIGS[name])
-    if name == "added tokens of the configuration":
-        ours, theirs = load_tokenizer_from_folder(folder), reference(folder)
-        for text in ("the fox<|tool|>fox<a", "fox|tool|"):
-            assert ours.encode(text) == theirs.encode(text)
-            assert ours.decode(ours.encode(text)) == theirs.decode(
-                theirs.encode(text), skip_special_tokens=True
-            )
-    else:
-        assert_equal(folder)
+    assert_equal(write_folder(tmp_path, **CONFIGS[name]))
 
 
 def test_sentencepiece_folder_equals_the_gguf_tokenizer(tmp_path: Path) -> None:
