@@ -192,9 +192,11 @@ def test_the_youngest_is_preempted_and_comes_back_before_later_ones():
     assert [row[:2] for row in step(scheduler)] == [(2, 0), (3, 0)]
 
 
-def test_a_preempted_sequence_finds_its_blocks_in_the_cache():
+@pytest.mark.parametrize("prompt_logprobs", [None, 1])  # these were delivered before
+def test_a_preempted_sequence_finds_its_blocks_in_the_cache(prompt_logprobs):
     scheduler = make_scheduler(num_blocks=8, max_num_batched_tokens=32)
-    old, young = make_sequence(1, range(12)), make_sequence(2, range(50, 62))
+    old = make_sequence(1, range(12))
+    young = make_sequence(2, range(50, 62), prompt_logprobs=prompt_logprobs)
     scheduler.add(old)
     scheduler.add(young)
     while not young.num_preemptions:
@@ -223,6 +225,27 @@ def test_admission_waits_for_room_for_the_whole_prompt():
     step(scheduler)
     scheduler.add(make_sequence(2, 28))  # its first chunk would fit
     assert step(scheduler) == [(1, 4, 1, True)]
+
+
+@pytest.mark.parametrize(("num_tokens", "admitted"), [(12, True), (13, False)])
+def test_admission_leaves_the_watermark_free(num_tokens, admitted):
+    scheduler = make_scheduler(num_blocks=8, max_num_batched_tokens=32)
+    scheduler.add(make_sequence(1, 12))
+    step(scheduler)
+    scheduler.add(make_sequence(2, num_tokens))
+    step(scheduler)
+    assert scheduler.num_running == (2 if admitted else 1)
+
+
+def test_nobody_is_admitted_in_a_step_that_preempted():
+    scheduler = make_scheduler(num_blocks=8, max_num_batched_tokens=32, policy="priority")
+    scheduler.add(make_sequence(1, 16, priority=0))
+    scheduler.add(make_sequence(2, 12, priority=2))
+    step(scheduler)
+    scheduler.add(make_sequence(3, 4, priority=1))
+    assert step(scheduler) == [(1, 16, 1, True)]
+    assert scheduler.num_preemptions == 1
+    assert step(scheduler) == [(1, 17, 1, True), (3, 0, 4, True)]
 
 
 def test_priority_decides_who_is_admitted_and_who_is_preempted():

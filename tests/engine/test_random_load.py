@@ -1,0 +1,241 @@
+"""Random requests, aborts and failures over tiny pools: nothing leaks, nothing starves, and each
+sequence's tokens are those of the same sequence alone."""
+
+import random
+from collections import Counter
+
+import pytest
+from fake_runner import EOS, VOCAB_SIZE, FakeRunner, fake_rank, hashed_token
+
+from jaxllm.config import EngineConfig
+from jaxllm.engine.engine import Engine, Request
+from jaxllm.engine.sequence import Sequence, SequenceStatus
+from jaxllm.sampling_params import RequestOutputKind, SamplingParams
+
+
+def random_config(rng):
+    block_size = rng.choice([1, 2, 3, 4, 8])
+    num_blocks = rng.randrange(4, 25)
+    max_num_seqs = rng.randrange(1, 7)
+    return EngineConfig(
+        num_blocks=num_blocks,
+        block_size=block_size,
+        max_model_len=rng.randrange(max(2, num_blocks * block_size // 3), num_blocks * block_size)
+        + 1,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_seqs + rng.choice([0, 1, 5, 30]),
+        enable_prefix_caching=rng.random() < 0.8,
+        policy=rng.choice(["fcfs", "fcfs", "priority"]),
+    )
+
+
+def random_request(rng, config, number, prefixes):
+    longest = config.max_model_len - 1
+    prefix = rng.choice(prefixes)[: rng.randrange(longest + 1)]
+    prompt = [*prefix, *(rng.randrange(VOCAB_SIZE) for _ in range(rng.randrange(1, 6)))][:longest]
+    max_tokens = rng.randrange(1, 20)
+    params = SamplingParams(
+        n=rng.choice([1, 1, 1, 2, 3]),
+        seed=rng.randrange(1000),
+        max_tokens=rng.choice([max_tokens, max_tokens, None]),
+        min_tokens=rng.choice([0, 0, min(3, max_tokens)]),
+        ignore_eos=rng.random() < 0.5,
+        stop_token_ids=[rng.randrange(VOCAB_SIZE)] if rng.random() < 0.2 else None,
+        logprobs=rng.choice([None, None, 2]),
+        prompt_logprobs=rng.choice([None, None, None, 1]),
+        output_kind=rng.choice(list(RequestOutputKind)),
+    )
+    return Request(
+        str(number), prompt, params, priority=rng.randrange(3), arrival_time=float(number),
+        cache_salt=rng.choice([None, None, "x"]),
+    )  # fmt: skip
+
+
+def alone(request, index, max_model_len):
+    """The answer that the request gets in an otherwise empty world: tokens, reason, stop reason."""
+    params = request.params
+    sequence = Sequence(
+        sequence_id=0, request_id="", index=index, params=params, seed=params.seed + index,
+        token_ids=list(request.prompt_token_ids), num_prompt_tokens=len(request.prompt_token_ids),
+        eos_token_ids=(EOS,),
+    )  # fmt: skip
+    while True:
+        token_id = hashed_token(sequence)
+        sequence.token_ids.append(token_id)
+        if sequence.num_output_tokens >= params.min_tokens:
+            if token_id == EOS and not params.ignore_eos:
+                return sequence.output_token_ids, "stop", None
+            if token_id in (params.stop_token_ids or ()):
+                return sequence.output_token_ids, "stop", token_id
+        if sequence.num_output_tokens == params.max_tokens or sequence.num_tokens == max_model_len:
+            return sequence.output_token_ids, "length", None
+
+
+class World:
+    """An engine on a fake runner, and all that was sent to it and came back."""
+
+    def __init__(self, seed, failure_rate=0.0):
+        self.rng = rng = random.Random(seed)
+        self.config = config = random_config(rng)
+        self.failure_rate = failure_rate
+        runner = FakeRunner(config, on_batch=self.on_batch, result_error=self.random_failure)
+        round_budget = None
+        if rng.random() < 0.5:
+            round_budget = lambda number: 1 << number.bit_length() - 1  # noqa: E731
+        self.engine = Engine(
+            config, runner, vocab_size=VOCAB_SIZE, eos_token_ids=(EOS,), round_budget=round_budget
+        )
+        self.prefixes = [
+            [rng.randrange(VOCAB_SIZE) for _ in range(config.max_model_len)] for _ in range(3)
+        ]
+        self.requests: dict[str, Request] = {}
+        self.tokens: dict[tuple[str, int], list[int]] = {}
+        self.ends: dict[tuple[str, int], tuple] = {}
+        self.finished: dict[str, object] = {}
+        self.aborted: set[str] = set()
+        self.counts: Counter[str] = Counter()
+
+    def random_failure(self):
+        if self.rng.random() < self.failure_rate:
+            return self.rng.choice([RuntimeError("failed"), KeyboardInterrupt()])
+        return None
+
+    def on_batch(self, batch):
+        """What holds of every batch. May fail the step."""
+        scheduled = {row.sequence for row in batch.sequences}
+        assert scheduled == set(self.engine.scheduler.running), "each running one gets a token"
+        if self.config.policy == "fcfs":
+            oldest = min(
+                (state.sequence for state in self.engine._states.values()),
+                key=lambda sequence: (sequence.arrival_time, sequence.sequence_id),
+            )
+            assert oldest in scheduled, "the oldest never waits"
+        self.counts["cached"] += sum(sequence.num_cached_tokens for sequence in scheduled)
+        error = self.random_failure()
+        if error is not None:
+            raise error
+
+    def act(self):
+        rng = self.rng
+        while rng.random() < 0.4:
+            request = random_request(rng, self.config, len(self.requests), self.prefixes)
+            self.requests[request.request_id] = request
+            self.engine.add_request(request)
+        if self.requests and rng.random() < 0.05:
+            request_id = rng.choice(list(self.requests))
+            if request_id not in self.finished:
+                self.aborted.add(request_id)
+            self.engine.abort(request_id)
+        if rng.random() < 0.02:
+            self.engine.reset_prefix_cache()
+        self.step()
+
+    def step(self):
+        try:
+            for output in self.engine.step():
+                self.receive(output)
+        except KeyboardInterrupt:
+            self.counts["interrupts"] += 1
+        assert self.engine.last_error in (None, "RuntimeError: failed")  # else the runner's asserts
+        live = [state.sequence for state in self.engine._states.values()]
+        self.engine.scheduler.pool.check_integrity(live)
+        for sequence in live:
+            running = sequence.status is SequenceStatus.RUNNING
+            assert running == (sequence in self.engine.scheduler.running)
+            assert running == bool(sequence.block_table) == (sequence.slot >= 0)
+
+    def receive(self, output):
+        assert output.request_id not in self.finished
+        request = self.requests[output.request_id]
+        kind = request.params.output_kind
+        assert output.finished or kind is not RequestOutputKind.FINAL_ONLY
+        for answer in output.outputs:
+            key = (output.request_id, answer.index)
+            known = self.tokens.setdefault(key, [])
+            if kind is RequestOutputKind.DELTA:
+                known += answer.token_ids
+            else:
+                assert answer.token_ids[: len(known)] == known
+                self.tokens[key] = answer.token_ids
+            if answer.logprobs is not None:
+                chosen = [next(iter(entry)) for entry in answer.logprobs]
+                assert chosen == answer.token_ids
+            if answer.finished():
+                self.ends[key] = (answer.finish_reason, answer.stop_reason)
+        if output.prompt_logprobs is not None:
+            self.check_prompt_logprobs(request, output.prompt_logprobs)
+        if output.finished:
+            self.finished[output.request_id] = output
+            self.counts["preemptions"] += output.metrics.num_preemptions
+
+    def check_prompt_logprobs(self, request, prompt_logprobs):
+        assert prompt_logprobs[0] is None
+        chosen = [next(iter(entry.items())) for entry in prompt_logprobs[1:]]
+        assert [token_id for token_id, _ in chosen] == list(request.prompt_token_ids)[1:]
+        assert all(logprob.rank == fake_rank(token_id) for token_id, logprob in chosen)
+        self.counts["prompt_logprobs"] += 1
+
+    def drain(self):
+        """In fcfs order the oldest gets a token a step, so the work bounds the number of steps."""
+        bound = sum(
+            len(state.sequence.token_ids) + self.config.max_model_len
+            for state in self.engine._states.values()
+        )
+        for _ in range(bound + 1):
+            if not self.engine.has_unfinished_requests():
+                return
+            self.step()
+        raise AssertionError(f"not done after {bound} steps")
+
+    def check_answers(self):
+        assert self.finished.keys() == self.requests.keys()
+        for request_id, request in self.requests.items():
+            for index in range(request.params.n):
+                tokens, *end = alone(request, index, self.config.max_model_len)
+                got = self.tokens[request_id, index]
+                reason, stop_reason = self.ends[request_id, index]
+                self.counts[reason] += 1
+                if reason in ("abort", "error"):
+                    assert reason == "error" or request_id in self.aborted
+                    assert got == tokens[: len(got)]
+                else:
+                    assert (got, [reason, stop_reason]) == (tokens, end)
+
+    def check_idle(self):
+        pool = self.engine.scheduler.pool
+        pool.check_integrity([])
+        assert pool.num_free_blocks == pool.num_blocks
+        assert not self.engine._states
+        assert self.engine.scheduler.num_waiting == self.engine.scheduler.num_running == 0
+        assert sorted(self.engine.scheduler._free_slots) == list(range(self.config.max_num_seqs))
+
+
+def play(seed, num_steps, failure_rate=0.0):
+    world = World(seed, failure_rate)
+    for _ in range(num_steps):
+        world.act()
+    world.failure_rate = 0.0
+    world.drain()
+    world.check_answers()
+    world.check_idle()
+    return world
+
+
+@pytest.mark.parametrize("first_seed", range(0, 40, 10))
+def test_every_answer_is_that_of_the_request_alone(first_seed):
+    counts = Counter()
+    for seed in range(first_seed, first_seed + 10):
+        counts += play(seed, num_steps=120).counts
+    assert counts["error"] == counts["interrupts"] == 0
+    # The load has to be one that could go wrong.
+    assert counts["stop"] + counts["length"] > 300
+    for name in ("preemptions", "cached", "abort", "prompt_logprobs"):
+        assert counts[name] > 10, name
+
+
+def test_failing_steps_harm_only_their_sequences():
+    counts = Counter()
+    for seed in range(100, 112):
+        counts += play(seed, num_steps=120, failure_rate=0.04).counts
+    for name in ("error", "interrupts", "stop", "length"):
+        assert counts[name] > 10, name
