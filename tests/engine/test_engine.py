@@ -506,10 +506,11 @@ def measure_host_seconds(output_kind=RequestOutputKind.CUMULATIVE):
     for index in range(64):
         params = {"max_tokens": 150, "output_kind": output_kind}
         engine.add_request(make_request(str(index), prompt="abcdefghij", **params))
-    run(engine)
+    while engine.has_unfinished_requests():
+        engine.step()  # outputs are dropped: kept ones would cost garbage collections
     return engine.stats().median_host_seconds
 
 
 @pytest.mark.parametrize("output_kind", list(RequestOutputKind))
 def test_host_time_between_decode_steps_of_64_sequences(output_kind):
-    assert measure_host_seconds(output_kind) < 3e-3  # 0.4 ms when the machine is quiet
+    assert measure_host_seconds(output_kind) < 3e-3  # about 0.5 ms where nothing else runs
