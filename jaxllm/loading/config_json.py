@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,10 +96,9 @@ class Fields:
         value: Any = self.values.get(key)
         if type(value) not in (int, float):
             raise self.error(key, "a number")
-        try:
-            return float(value)
-        except OverflowError:
-            raise self.error(key, "a number that fits in a float") from None
+        if not abs(value) <= sys.float_info.max:  # NaN, infinity, or an integer beyond any float
+            raise self.error(key, "a finite number")
+        return float(value)
 
     def optional_number(self, key: str) -> float | None:
         return None if self.values.get(key) is None else self.number(key)
@@ -123,6 +123,7 @@ def model_config_from_hf(folder: Path) -> ModelConfig:
     bos, eos = _special_tokens(fields, folder)
     attention_bias = family.bias_option and fields.flag("attention_bias")
     num_heads = _positive(fields, "num_attention_heads")
+    num_kv_heads = fields.optional_integer("num_key_value_heads")
     num_layers = _positive(fields, "num_hidden_layers")
     try:
         return ModelConfig(
@@ -132,7 +133,7 @@ def model_config_from_hf(folder: Path) -> ModelConfig:
             intermediate_size=_positive(fields, "intermediate_size"),
             num_layers=num_layers,
             num_heads=num_heads,
-            num_kv_heads=fields.optional_integer("num_key_value_heads") or num_heads,
+            num_kv_heads=num_heads if num_kv_heads is None else num_kv_heads,
             head_dim=_head_dim(fields, num_heads),
             max_position_embeddings=_positive(fields, "max_position_embeddings"),
             rms_norm_eps=fields.number("rms_norm_eps") if "rms_norm_eps" in values else 1e-6,
@@ -158,7 +159,7 @@ def _with_path(path: Path, error: ModelError) -> ModelError:
 
 def _architecture(path: Path, values: dict[str, Any]) -> str:
     names = values.get("architectures")
-    if not isinstance(names, list) or not names:
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise ModelError(f"{path}: 'architectures' must be a list with one name, got {names!r}")
     if names[0] not in FAMILIES:
         raise ModelError(

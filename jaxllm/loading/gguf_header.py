@@ -54,13 +54,14 @@ class TensorInfo:
 class Metadata(Mapping[str, Any]):
     """Key to plain Python value. Arrays are decoded to lists when first asked for."""
 
-    def __init__(self, values: dict[str, Any]) -> None:
+    def __init__(self, path: Path, values: dict[str, Any]) -> None:
+        self._path = path
         self._values = values
 
     def __getitem__(self, key: str) -> Any:
         value = self._values[key]
         if isinstance(value, _RawArray):
-            value = self._values[key] = value.decode(key)
+            value = self._values[key] = value.decode(f"{self._path}: key {key!r}")
         return value
 
     def __iter__(self) -> Iterator[str]:
@@ -74,15 +75,13 @@ class Metadata(Mapping[str, Any]):
 class _RawArray:
     items: list[bytes] | np.ndarray
 
-    def decode(self, key: str) -> list[Any]:
+    def decode(self, name: str) -> list[Any]:
         if isinstance(self.items, np.ndarray):
             return self.items.tolist()
         try:
             return [item.decode() for item in self.items]
         except UnicodeDecodeError as error:
-            raise ModelError(
-                f"corrupt GGUF file: {key!r} has a string that is not UTF-8"
-            ) from error
+            raise ModelError(f"{name} has a string that is not UTF-8; corrupt file") from error
 
 
 def read_header(path: Path) -> tuple[Metadata, dict[str, TensorInfo]]:
@@ -92,7 +91,8 @@ def read_header(path: Path) -> tuple[Metadata, dict[str, TensorInfo]]:
             if file.read(4) != MAGIC:
                 raise ModelError(f"{path}: is not a GGUF file")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _Header(data).parse()
+                values, tensors = _Header(data).parse()
+                return Metadata(path, values), tensors
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
     except (struct.error, OverflowError, UnicodeDecodeError) as error:
@@ -110,7 +110,7 @@ class _Header:
         self.size = len(data)
         self.position = len(MAGIC)
 
-    def parse(self) -> tuple[Metadata, dict[str, TensorInfo]]:
+    def parse(self) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
         (version,) = self.unpack("I")
         if version not in VERSIONS:
             supported = " and ".join(map(str, VERSIONS))
@@ -125,7 +125,7 @@ class _Header:
             values[key] = self.value(*self.unpack("I"))
         self.check_count(num_tensors, 24)
         infos = [self.tensor_info() for _ in range(num_tensors)]
-        return Metadata(values), self.place(infos, values.get("general.alignment"))
+        return values, self.place(infos, values.get("general.alignment"))
 
     def unpack(self, format: str) -> tuple[Any, ...]:
         values = struct.unpack_from("<" + format, self.data, self.position)
