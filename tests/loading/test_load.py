@@ -299,7 +299,6 @@ def peak_memory(path: Path, form: str, put: str) -> tuple[int, int, int]:
 @pytest.fixture(scope="module")
 def large_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """300 MB of random bfloat16 in several files."""
-    import torch
     import transformers
 
     folder = tmp_path_factory.mktemp("large")
@@ -308,7 +307,7 @@ def large_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_attention_heads=16, num_key_value_heads=4, initializer_range=0.02,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config)
-    model.to(dtype=torch.bfloat16).save_pretrained(folder, max_shard_size="60MB")
+    model.bfloat16().save_pretrained(folder, max_shard_size="60MB")
     return folder
 
 
