@@ -1,9 +1,6 @@
-"""Attention: projections, head norms and rotation around the `attend` of the runtime."""
+"""The projections and head norms around attention, which itself has no weights."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 import jax
 from flax import nnx
@@ -11,14 +8,6 @@ from jax.typing import DTypeLike
 
 from jaxllm.config import ModelConfig
 from jaxllm.models.layers import RMSNorm, project, random_param, zero_param
-from jaxllm.models.rope import apply_rope
-
-# attend(q[T,H,D], k[T,K,D], v[T,K,D], kv_pool, layer, window) -> (out[T,H,D], kv_pool)
-Attend = Callable[
-    [jax.Array, jax.Array, jax.Array, Any, int | jax.Array, int | jax.Array],
-    tuple[jax.Array, Any],
-]
-Tables = tuple[jax.Array, jax.Array]  # cos, sin: each [T, D/2]
 
 
 class Attention(nnx.Module):
@@ -43,25 +32,8 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(head_dim, epsilon, dtype) if has_norms else None
         self.k_norm = RMSNorm(head_dim, epsilon, dtype) if has_norms else None
 
-    def __call__(
-        self,
-        x: jax.Array,
-        tables: Tables,
-        kv_pool: Any,
-        attend: Attend,
-        layer: int | jax.Array,
-        window: int | jax.Array,
-    ) -> tuple[jax.Array, Any]:
-        """[T, E] -> [T, E] and the pool with this layer's new keys and values."""
-        q, k, v = self._queries_keys_values(x)
-        q, k = apply_rope(q, *tables), apply_rope(k, *tables)
-        mixed, kv_pool = attend(q, k, v, kv_pool, layer, window)  # [T, H, D]
-        out = project(mixed.astype(x.dtype), self.o_kernel[...], num_contracted=2)  # [T, E] float32
-        if self.o_bias is not None:
-            out += self.o_bias[...]
-        return out.astype(x.dtype), kv_pool
-
-    def _queries_keys_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def queries_keys_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """[T, E] -> [T, H, D], [T, K, D], [T, K, D], before the rotation."""
         qkv = project(x, self.qkv_kernel[...])  # [T, K, G+2, D] float32
         if self.qkv_bias is not None:
             qkv += self.qkv_bias[...]
@@ -72,3 +44,10 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
+
+    def output(self, mixed: jax.Array) -> jax.Array:
+        """[T, H, D] -> [T, E]: what attention adds to the residual stream."""
+        out = project(mixed, self.o_kernel[...], num_contracted=2)  # [T, E] float32
+        if self.o_bias is not None:
+            out += self.o_bias[...]
+        return out.astype(mixed.dtype)

@@ -16,12 +16,17 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxllm.config import ModelConfig
-from jaxllm.models.attention import Attend, Attention, Tables
+from jaxllm.models.attention import Attention
 from jaxllm.models.layers import Embedding, FeedForward, Head, RMSNorm
-from jaxllm.models.rope import build_rope, rope_tables
+from jaxllm.models.rope import apply_rope, build_rope, rope_tables
 
-LayerLoop = Literal["unroll", "scan"]
+LayerLoop = Literal["switch", "scan"]
 Parameters = dict[str, Any]  # nested; the leaves are arrays or their shapes
+Tables = tuple[jax.Array, jax.Array]  # cos, sin: each [T, D/2]
+# attend(q[T,H,D], k[T,K,D], v[T,K,D], kv_pool, layer, window) -> (out[T,H,D], kv_pool)
+Attend = Callable[
+    [jax.Array, jax.Array, jax.Array, Any, jax.Array, int | jax.Array], tuple[jax.Array, Any]
+]
 
 
 class DecoderLayer(nnx.Module):
@@ -33,21 +38,14 @@ class DecoderLayer(nnx.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.mlp = FeedForward(config, dtype, rngs)
 
-    def __call__(
-        self,
-        x: jax.Array,
-        tables: Tables,
-        kv_pool: Any,
-        attend: Attend,
-        layer: int | jax.Array,
-        window: int | jax.Array,
-    ) -> tuple[jax.Array, Any]:
-        """[T, E] -> [T, E] and the new pool."""
-        mixed, kv_pool = self.attention(
-            self.attention_norm(x), tables, kv_pool, attend, layer, window
-        )
-        x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), kv_pool
+    def before(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """[T, E] -> queries [T, H, D], keys and values [T, K, D], not yet rotated."""
+        return self.attention.queries_keys_values(self.attention_norm(x))
+
+    def after(self, x: jax.Array, mixed: jax.Array) -> jax.Array:
+        """The residual stream [T, E] with attention's result [T, H, D] and the feed-forward."""
+        x = x + self.attention.output(mixed)
+        return x + self.mlp(self.mlp_norm(x))
 
 
 class Ends(nnx.Module):
@@ -66,13 +64,16 @@ class Ends(nnx.Module):
 class Model:
     """A decoder as pure functions of its parameters.
 
-    layer_loop "unroll": parameters["layers"] holds one dict a layer under "0", "1", ...;
-    "scan": one dict whose leaves are stacked along a leading axis of L.
+    Layers run in a loop, so that what has no weights is compiled once. layer_loop says where the
+    weights are. "switch": parameters["layers"] holds one dict a layer under "0", "1", ..., and the
+    loop's body switches between them; for the CPU, where XLA would copy and convert each slice of a
+    stacked array. "scan": one dict whose leaves are stacked along a leading axis of L; for
+    accelerators, where the slices are free.
     """
 
     def __init__(self, config: ModelConfig, layer_loop: LayerLoop, dtype: DTypeLike) -> None:
-        if layer_loop not in ("unroll", "scan"):
-            raise ValueError(f"layer_loop must be 'unroll' or 'scan', got {layer_loop!r}")
+        if layer_loop not in ("switch", "scan"):
+            raise ValueError(f"layer_loop must be 'switch' or 'scan', got {layer_loop!r}")
         if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
             raise ValueError(f"dtype must be float32 or bfloat16, got {jnp.dtype(dtype).name}")
         self.config = config
@@ -92,7 +93,7 @@ class Model:
     def abstract_parameters(self) -> Parameters:
         """The tree of parameters with a jax.ShapeDtypeStruct for each leaf; allocates nothing."""
         num_layers = self.config.num_layers
-        if self.layer_loop == "unroll":
+        if self.layer_loop == "switch":
             layers = {str(i): _shapes(self._abstract_layer) for i in range(num_layers)}
         else:
             layers = _shapes(self._abstract_layer, leading=(num_layers,))
@@ -105,7 +106,7 @@ class Model:
         """
         ends_key, layers_key = jax.random.split(key)
         layer_keys = jax.random.split(layers_key, self.config.num_layers)
-        if self.layer_loop == "unroll":
+        if self.layer_loop == "switch":
             init_layer = jax.jit(lambda k: self._random(DecoderLayer, k))
             layers = {str(i): init_layer(layer_key) for i, layer_key in enumerate(layer_keys)}
         else:
@@ -129,13 +130,13 @@ class Model:
 
         positions [T]: a token's index in its sequence. rope_lens [T]: max(prompt length of its
         sequence, position + 1). attend gets a layer's queries, keys and values with the pool, the
-        layer's number and its window (0: none); both numbers are traced where layers are scanned,
-        the window only if layers differ in it. Call it inside a trace.
+        layer's number, which is traced, and its window (0: none), which is traced only if layers
+        differ in it. Call it inside a trace.
         """
         ends = nnx.merge(self._ends_def, _without_layers(params))
         tables = rope_tables(self._rope, positions, rope_lens)
         x = ends.embed(token_ids)  # [T, E]
-        run_layers = self._unroll if self.layer_loop == "unroll" else self._scan
+        run_layers = self._switch if self.layer_loop == "switch" else self._scan
         x, kv_pool = run_layers(params["layers"], x, tables, kv_pool, attend)
         return ends.final_norm(x), kv_pool
 
@@ -144,35 +145,64 @@ class Model:
         ends = nnx.merge(self._ends_def, _without_layers(params))
         return ends.logits(hidden)
 
-    def _unroll(
+    def _switch(
         self, layers: Parameters, x: jax.Array, tables: Tables, kv_pool: Any, attend: Attend
     ) -> tuple[jax.Array, Any]:
-        for i in range(self.config.num_layers):
-            layer = nnx.merge(self._layer_def, layers[str(i)])
-            x, kv_pool = layer(x, tables, kv_pool, attend, i, self.config.window(i))
-        return x, kv_pool
+        modules = [
+            nnx.merge(self._layer_def, layers[str(i)]) for i in range(self.config.num_layers)
+        ]
+
+        def body(
+            carry: tuple[jax.Array, Any], scanned: tuple[jax.Array, jax.Array | None]
+        ) -> tuple[tuple[jax.Array, Any], None]:
+            x, kv_pool = carry
+            i, window = scanned
+            qkv = lax.switch(i, [module.before for module in modules], x)
+            mixed, kv_pool = self._attend(qkv, tables, kv_pool, attend, i, window)
+            return (lax.switch(i, [module.after for module in modules], x, mixed), kv_pool), None
+
+        carry, _ = lax.scan(body, (x, kv_pool), self._layer_numbers())
+        return carry
 
     def _scan(
         self, layers: Parameters, x: jax.Array, tables: Tables, kv_pool: Any, attend: Attend
     ) -> tuple[jax.Array, Any]:
+        def body(
+            carry: tuple[jax.Array, Any],
+            scanned: tuple[Parameters, tuple[jax.Array, jax.Array | None]],
+        ) -> tuple[tuple[jax.Array, Any], None]:
+            x, kv_pool = carry
+            layer_params, (i, window) = scanned
+            layer = nnx.merge(self._layer_def, layer_params)
+            mixed, kv_pool = self._attend(layer.before(x), tables, kv_pool, attend, i, window)
+            return (layer.after(x, mixed), kv_pool), None
+
+        carry, _ = lax.scan(body, (x, kv_pool), (layers, self._layer_numbers()))
+        return carry
+
+    def _layer_numbers(self) -> tuple[jax.Array, jax.Array | None]:
+        """What a loop scans beside weights: layer [L], and window [L] where layers differ in it."""
         num_layers = self.config.num_layers
         windows = [self.config.window(i) for i in range(num_layers)]
-        # A window that all layers share stays a Python int, which lets a kernel leave masks out.
-        scanned_windows = jnp.asarray(windows, jnp.int32) if len(set(windows)) > 1 else None
-
-        def body(
-            carry: tuple[jax.Array, Any], scanned: tuple[Parameters, jax.Array, jax.Array | None]
-        ) -> tuple[tuple[jax.Array, Any], None]:
-            layer_params, i, window = scanned
-            layer = nnx.merge(self._layer_def, layer_params)
-            new_carry = layer(
-                carry[0], tables, carry[1], attend, i, windows[0] if window is None else window
-            )
-            return new_carry, None
-
         indices = jnp.arange(num_layers, dtype=jnp.int32)
-        carry, _ = lax.scan(body, (x, kv_pool), (layers, indices, scanned_windows))
-        return carry
+        return indices, jnp.asarray(windows, jnp.int32) if len(set(windows)) > 1 else None
+
+    def _attend(
+        self,
+        qkv: tuple[jax.Array, jax.Array, jax.Array],
+        tables: Tables,
+        kv_pool: Any,
+        attend: Attend,
+        layer: jax.Array,
+        window: jax.Array | None,
+    ) -> tuple[jax.Array, Any]:
+        """Rotation and attention: [T, H, D] in the model's type, and the new pool."""
+        q, k, v = qkv
+        q, k = apply_rope(q, *tables), apply_rope(k, *tables)
+        # A window that all layers share stays a Python int, which lets a kernel leave masks out.
+        shared = self.config.window(0)
+        mixed, kv_pool = attend(q, k, v, kv_pool, layer, shared if window is None else window)
+        return mixed.astype(self.dtype), kv_pool
 
 
 def _shapes(tree: Parameters, leading: tuple[int, ...] = ()) -> Parameters:

@@ -114,7 +114,7 @@ def parameters(model: torch.nn.Module, config: ModelConfig, layer_loop: str, dty
     layers = [
         _layer(_Weights(arrays, f"model.layers.{i}."), config) for i in range(config.num_layers)
     ]
-    if layer_loop == "unroll":
+    if layer_loop == "switch":
         tree["layers"] = {str(i): layer for i, layer in enumerate(layers)}
     else:
         tree["layers"] = _map(lambda *leaves: np.stack(leaves), *layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -44,7 +45,7 @@ def test_every_product_sums_in_float32(dtype: Any, precision: Any, tied: bool) -
     config = ModelConfig(
         "LlamaForCausalLM", 96, 32, 40, 1, 4, 2, 8, 64, 1e-5, RopeConfig(), tie_word_embeddings=tied
     )
-    model = build_model(config, layer_loop="unroll", dtype=dtype)
+    model = build_model(config, layer_loop="switch", dtype=dtype)
 
     def step(params: Any, ids: jax.Array) -> jax.Array:
         hidden, _ = model.forward(params, ids, ids, ids + 1, None, lambda q, k, v, *_: (q, None))
@@ -53,9 +54,20 @@ def test_every_product_sums_in_float32(dtype: Any, precision: Any, tied: bool) -
 
     ids = jax.ShapeDtypeStruct((8,), jnp.int32)
     jaxpr = jax.make_jaxpr(step)(model.abstract_parameters(), ids).jaxpr
-    products = [e for e in jaxpr.eqns if e.primitive is lax.dot_general_p]
+    products = list(_equations(jaxpr, lax.dot_general_p))
     assert len(products) == 5  # qkv, out, gate and up, down, head
     for product in products:
         assert {operand.aval.dtype for operand in product.invars} == {jnp.dtype(dtype)}
         assert product.outvars[0].aval.dtype == jnp.float32
         assert product.params["precision"] == (precision, precision)
+
+
+def _equations(jaxpr: Any, primitive: Any) -> Iterator[Any]:
+    """Those of a primitive, in loops and branches too."""
+    for equation in jaxpr.eqns:
+        if equation.primitive is primitive:
+            yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple) else (value,):
+                if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                    yield from _equations(getattr(inner, "jaxpr", inner), primitive)

@@ -139,7 +139,7 @@ def test_float32_logits_equal_transformers(variation: str, tokens: np.ndarray) -
     reference = hf_reference.build(family, **options)
     config = hf_reference.model_config(reference)
     expected = hf_reference.logits(reference, tokens, NUM_PROMPT)
-    for layer_loop in ("unroll", "scan"):
+    for layer_loop in ("switch", "scan"):
         params = hf_reference.parameters(reference, config, layer_loop, jnp.float32)
         actual = model_logits(config, params, layer_loop, jnp.float32, tokens)
         np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4, err_msg=layer_loop)
@@ -149,8 +149,8 @@ def test_bfloat16_logits_are_as_near_float32_as_those_of_transformers(tokens: np
     reference = hf_reference.build("Qwen3", head_dim=32, tie_word_embeddings=True)
     config = hf_reference.model_config(reference)
     reference.bfloat16()
-    params = hf_reference.parameters(reference, config, "unroll", jnp.bfloat16)
-    actual = model_logits(config, params, "unroll", jnp.bfloat16, tokens)
+    params = hf_reference.parameters(reference, config, "switch", jnp.bfloat16)
+    actual = model_logits(config, params, "switch", jnp.bfloat16, tokens)
     bfloat16 = hf_reference.logits(reference, tokens, NUM_PROMPT)
     exact = hf_reference.logits(reference.float(), tokens, NUM_PROMPT)  # the rounded weights
     assert 0 < np.abs(actual - exact).mean() < 1.2 * np.abs(bfloat16 - exact).mean()

@@ -67,11 +67,11 @@ def zeros(model: Model) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("config", "layer", "ends"), [(PLAIN, PLAIN_LAYER, ENDS), (FULL, FULL_LAYER, {**ENDS, **HEAD})]
 )
-@pytest.mark.parametrize("layer_loop", ["unroll", "scan"])
+@pytest.mark.parametrize("layer_loop", ["switch", "scan"])
 def test_parameter_tree(
     config: ModelConfig, layer: dict[str, Any], ends: dict[str, Any], layer_loop: Any
 ) -> None:
-    if layer_loop == "unroll":
+    if layer_loop == "switch":
         layers = {f"layers/{i}/{path}": shape for i in range(3) for path, shape in layer.items()}
     else:
         layers = {f"layers/{path}": (3, *shape) for path, shape in layer.items()}
@@ -84,10 +84,10 @@ def test_parameter_tree(
 
 def test_random_parameters_fill_the_tree_alike_in_both_loops() -> None:
     key = jax.random.key(3)
-    unrolled = build_model(FULL, layer_loop="unroll", dtype=jnp.float32)
+    switched = build_model(FULL, layer_loop="switch", dtype=jnp.float32)
     stacked = build_model(FULL, layer_loop="scan", dtype=jnp.float32)
-    params, stacked_params = unrolled.init_parameters(key), stacked.init_parameters(key)
-    for model, drawn in ((unrolled, params), (stacked, stacked_params)):
+    params, stacked_params = switched.init_parameters(key), stacked.init_parameters(key)
+    for model, drawn in ((switched, params), (stacked, stacked_params)):
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), drawn)
         assert shapes == model.abstract_parameters()
     layers = [params["layers"][str(i)] for i in range(L)]
@@ -101,8 +101,9 @@ def test_random_parameters_fill_the_tree_alike_in_both_loops() -> None:
 @pytest.mark.parametrize(
     ("layer_loop", "windows", "expected"),
     [
-        ("unroll", (), [(0, 0), (1, 0), (2, 0)]),
-        ("unroll", (0, 4, 9), [(0, 0), (1, 4), (2, 9)]),
+        ("switch", (), ["traced", 0]),
+        ("switch", (4, 4, 4), ["traced", 4]),
+        ("switch", (0, 4, 9), ["traced", "traced"]),
         ("scan", (), ["traced", 0]),
         ("scan", (4, 4, 4), ["traced", 4]),
         ("scan", (0, 4, 9), ["traced", "traced"]),
@@ -123,7 +124,7 @@ def test_attend_gets_layer_and_window(layer_loop: Any, windows: Any, expected: A
     ids = jnp.arange(8)
     pool = (jnp.int32(0), jnp.int32(0))
     _, pool = jax.jit(lambda p: model.forward(p, ids, ids, ids + 1, pool, attend))(params)
-    assert set(seen) == ({tuple(expected)} if layer_loop == "scan" else set(expected))
+    assert set(seen) == {tuple(expected)}
     assert (int(pool[0]), int(pool[1])) == (0 + 1 + 2, sum(windows))
 
 
@@ -135,14 +136,14 @@ def test_unsupported_architecture_names_the_supported_ones() -> None:
 
 
 def test_unsupported_layer_loop_and_dtype() -> None:
-    with pytest.raises(ValueError, match="layer_loop must be 'unroll' or 'scan', got 'map'"):
+    with pytest.raises(ValueError, match="layer_loop must be 'switch' or 'scan', got 'map'"):
         build_model(PLAIN, layer_loop="map", dtype=jnp.float32)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="dtype must be float32 or bfloat16, got float16"):
         build_model(PLAIN, layer_loop="scan", dtype=jnp.float16)
 
 
 def test_token_ids_outside_the_vocabulary_read_its_nearest_row() -> None:
-    model = build_model(replace(PLAIN, num_layers=1), layer_loop="unroll", dtype=jnp.bfloat16)
+    model = build_model(replace(PLAIN, num_layers=1), layer_loop="switch", dtype=jnp.bfloat16)
     params = zeros(model)
     table = np.random.default_rng(0).standard_normal((V, E))
     params["embed"]["embedding"] = jnp.asarray(table, jnp.bfloat16)
@@ -160,7 +161,7 @@ def test_token_ids_outside_the_vocabulary_read_its_nearest_row() -> None:
 def test_embedding_and_tied_head_copy_no_table(dtype: Any) -> None:
     """XLA's CPU backend would convert a bfloat16 table to float32 for a plain gather."""
     config = replace(PLAIN, vocab_size=4096, num_layers=1)
-    model = build_model(config, layer_loop="unroll", dtype=dtype)
+    model = build_model(config, layer_loop="switch", dtype=dtype)
 
     def step(params: Any, ids: jax.Array) -> jax.Array:
         hidden, _ = model.forward(params, ids, ids, ids + 1, None, lambda q, k, v, *_: (q, None))
