@@ -5,6 +5,7 @@ Everything that is "auto" for the user is resolved before one of these is built.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
@@ -41,10 +42,10 @@ class RopeConfig:
             raise ModelError(
                 f"rope_type {self.rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
             )
-        if not self.theta > 0:
-            raise ModelError(f"rope_theta must be positive, got {self.theta}")
-        if not self.factor > 0:
-            raise ModelError(f"rope scaling factor must be positive, got {self.factor}")
+        if not 0 < self.theta < math.inf:
+            raise ModelError(f"rope_theta must be positive and finite, got {self.theta}")
+        if not 0 < self.factor < math.inf:
+            raise ModelError(f"rope scaling factor must be positive and finite, got {self.factor}")
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,8 @@ class ModelConfig:
                 f"sliding_windows has {len(self.sliding_windows)} entries for "
                 f"{self.num_layers} layers"
             )
+        if any(window < 0 for window in self.sliding_windows):
+            raise ModelError(f"sliding_windows must not be negative, got {self.sliding_windows}")
         for token_id in self.eos_token_ids:
             if not 0 <= token_id < self.vocab_size:
                 raise ModelError(

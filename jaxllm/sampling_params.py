@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -12,6 +11,12 @@ from typing import Any
 MAX_LOGPROBS = 20
 MAX_N = 16384
 GREEDY_TEMPERATURE = 1e-5  # below it the most likely token is taken
+NUMBERS = {
+    "n": int, "presence_penalty": float, "frequency_penalty": float, "repetition_penalty": float,
+    "temperature": float, "top_p": float, "top_k": int, "min_p": float, "seed": int,
+    "max_tokens": int, "min_tokens": int, "logprobs": int, "prompt_logprobs": int,
+}  # fmt: skip
+FLOAT32_MIN, FLOAT32_MAX = 2.0**-126, 2.0**127  # the device computes in float32
 
 
 class RequestOutputKind(Enum):
@@ -58,6 +63,9 @@ class SamplingParams:
         self._check_numbers()
         self._check_flags()
         set_ = object.__setattr__  # frozen: normalised once, here
+        for name, kind in NUMBERS.items():  # such as numpy's, whose arithmetic overflows
+            if getattr(self, name) is not None:
+                set_(self, name, kind(getattr(self, name)))
         set_(self, "stop", _strings("stop", self.stop))
         for name in ("stop_token_ids", "allowed_token_ids", "banned_token_ids"):
             set_(self, name, _token_ids(name, getattr(self, name)))
@@ -66,6 +74,10 @@ class SamplingParams:
         set_(self, "logit_bias", _bias(self.logit_bias))
         if self.stop and not self.detokenize:
             raise ValueError("stop strings need detokenize=True")
+        if self.allowed_token_ids and set(self.allowed_token_ids) <= set(
+            self.banned_token_ids or ()
+        ):
+            raise ValueError("banned_token_ids leaves nothing of allowed_token_ids; allow another")
         if self.top_k == -1:
             set_(self, "top_k", 0)
 
@@ -73,7 +85,7 @@ class SamplingParams:
         _integer("n", self.n, 1, MAX_N)
         _number("presence_penalty", self.presence_penalty, -2, 2)
         _number("frequency_penalty", self.frequency_penalty, -2, 2)
-        _number("repetition_penalty", self.repetition_penalty, 0, math.inf, open_low=True)
+        _number("repetition_penalty", self.repetition_penalty, FLOAT32_MIN, FLOAT32_MAX)
         _number("temperature", self.temperature, 0, 2)
         _number("top_p", self.top_p, 0, 1, open_low=True)
         _integer("top_k", self.top_k, -1, 2**31 - 1)
@@ -131,7 +143,7 @@ class SamplingParams:
 
 
 def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
-    ok = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    ok = isinstance(value, numbers.Real) and not isinstance(value, bool)  # NaN fails the next line
     if not ok or not (low < value if open_low else low <= value) or value > high:
         bracket = "(" if open_low else "["
         raise ValueError(f"{name} must be a number in {bracket}{low}, {high}], got {value!r}")
@@ -146,6 +158,8 @@ def _integer(name: str, value: Any, low: int, high: int) -> None:
 def _strings(name: str, value: Any) -> tuple[str, ...]:
     if value is None:
         return ()
+    if isinstance(value, (bytes, Mapping)) or not hasattr(value, "__iter__"):
+        raise ValueError(f"{name} must be a string or a list of strings, got {value!r}")
     values = (value,) if isinstance(value, str) else tuple(value)
     for item in values:
         if not isinstance(item, str) or not item:
@@ -156,12 +170,12 @@ def _strings(name: str, value: Any) -> tuple[str, ...]:
 def _token_ids(name: str, value: Any) -> tuple[int, ...] | None:
     if value is None:
         return None
-    if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
+    if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__iter__"):
         raise ValueError(f"{name} must be a list of token ids, got {value!r}")
     values = tuple(value)
     for item in values:
         _integer(f"{name} entry", item, 0, 2**31 - 1)
-    return values
+    return tuple(map(int, values))
 
 
 def _bias(value: Any) -> dict[int, float] | None:
@@ -171,8 +185,8 @@ def _bias(value: Any) -> dict[int, float] | None:
         raise ValueError(f"logit_bias must map token ids to numbers, got {value!r}")
     bias = {}
     for key, number in value.items():
-        token_id = int(key) if isinstance(key, str) and key.isdecimal() else key
+        token_id = int(key) if isinstance(key, str) and key.isdecimal() and len(key) < 20 else key
         _integer("logit_bias key", token_id, 0, 2**31 - 1)
         _number(f"logit_bias[{token_id}]", number, -100, 100)
-        bias[token_id] = float(number)
+        bias[int(token_id)] = float(number)
     return bias
