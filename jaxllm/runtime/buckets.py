@@ -46,15 +46,17 @@ def fitting(
 
 
 class TokenRounding:
-    """Rounds the tokens of a step down to a size of the mixed buckets, so that a long prompt's
-    chunks fill their buckets; below the smallest size nothing is rounded."""
+    """Rounds the tokens of a step down to the size of a mixed bucket when that leaves at most a
+    quarter of them for later: a long prompt's chunks fill their buckets, and none dribbles away in
+    tiny chunks. What is not rounded fills more than two thirds of the next power of two."""
 
     def __init__(self, buckets: Iterable[Bucket]) -> None:
         self._sizes = sorted({b.num_tokens for b in buckets if not b.decode_only})
 
     def __call__(self, num_tokens: int) -> int:
         index = bisect_right(self._sizes, num_tokens)
-        return self._sizes[index - 1] if index else num_tokens
+        size = self._sizes[index - 1] if index else 0
+        return size if 3 * num_tokens <= 4 * size else num_tokens
 
 
 def _seq_sizes(most: int) -> list[int]:

@@ -12,7 +12,9 @@ import psutil
 from jaxllm.config import ModelConfig
 
 GIB = 1 << 30
+CONTROL_GROUP = Path("/sys/fs/cgroup")
 CPU_SHARE = 0.25  # of the machine's memory for the pool: on a CPU others live there too
+COMPILER_BYTES = 256 << 20  # what compiling the rest of the buckets takes for a while
 RESERVE_SHARE = 0.04  # of an accelerator's memory, for the runtime and fragmentation
 
 
@@ -43,11 +45,11 @@ class MemoryPlan:
         return f"{_gib(self.total)} GiB = " + " + ".join(parts)
 
 
-def host_memory() -> int:
+def host_memory(control_group: Path = CONTROL_GROUP) -> int:
     """Bytes of memory that this process may use: the machine's, or its control group's if less."""
     total = psutil.virtual_memory().total
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        limit = Path("/sys/fs/cgroup") / name
+        limit = control_group / name
         if limit.is_file() and (text := limit.read_text().strip()).isdecimal():
             total = min(total, int(text))
     return total
