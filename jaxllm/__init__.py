@@ -1,1 +1,48 @@
-"""jaxllm."""
+"""jaxllm: an inference engine for large language models on TPU, GPU and CPU, written in JAX.
+
+Names are imported when they are first used: `import jaxllm` loads neither jax nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxllm.async_engine import AsyncEngine
+    from jaxllm.config import ModelError
+    from jaxllm.llm import LLM
+    from jaxllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+    from jaxllm.sampling_params import RequestOutputKind, SamplingParams
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AsyncEngine": "jaxllm.async_engine",
+    "CompletionOutput": "jaxllm.outputs",
+    "LLM": "jaxllm.llm",
+    "Logprob": "jaxllm.outputs",
+    "ModelError": "jaxllm.config",
+    "RequestMetrics": "jaxllm.outputs",
+    "RequestOutput": "jaxllm.outputs",
+    "RequestOutputKind": "jaxllm.sampling_params",
+    "SamplingParams": "jaxllm.sampling_params",
+}
+
+__all__ = [
+    "LLM",
+    "AsyncEngine",
+    "CompletionOutput",
+    "Logprob",
+    "ModelError",
+    "RequestMetrics",
+    "RequestOutput",
+    "RequestOutputKind",
+    "SamplingParams",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'jaxllm' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

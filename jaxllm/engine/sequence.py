@@ -1,4 +1,4 @@
-"""One sequence, a batch of them, and what a step returns: what scheduler, packer and runner share."""
+"""One sequence, a batch of them, what a step returns: what scheduler and runner share."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ class ProgramCache:
                 temporary = Path(file.name)
                 file.write(hashlib.sha256(program).digest() + program)
             temporary.replace(self.folder / key)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:  # jaxlib's errors are RuntimeErrors
             logger.warning("a compiled program could not be kept: %s", error)
             if temporary is not None:
                 temporary.unlink(missing_ok=True)
@@ -102,6 +102,7 @@ class Compiler:
         self._futures: dict[Hashable, Future[jax.stages.Compiled]] = {}
         self._tracing = threading.Lock()  # tracing holds the GIL: two at once are slower than one
         self._sealed = False
+        self._closed = False
         self._guarded = threading.local()
         self.num_compiled = 0
         self.num_loaded = 0
@@ -127,6 +128,16 @@ class Compiler:
         future = self._futures[name]
         return future.done() and not future.cancelled() and future.exception() is None
 
+    @property
+    def num_programs(self) -> int:
+        """Programs submitted so far."""
+        return len(self._futures)
+
+    @property
+    def num_ready(self) -> int:
+        """How many of them are ready."""
+        return sum(self.is_ready(name) for name in self._futures)
+
     def wait(self) -> None:
         """Waits until every program is ready, then forbids late compilation if that was asked."""
         for future in list(self._futures.values()):
@@ -143,16 +154,18 @@ class Compiler:
             self._guarded.active = False
 
     def close(self) -> None:
-        """Drops what is still queued; waits for what is running."""
+        """Drops what is still queued; waits for what is running. May be called again."""
         self._pool.shutdown(wait=True, cancel_futures=True)
-        jax.monitoring.unregister_event_duration_listener(self._on_event)
+        if not self._closed:
+            self._closed = True
+            jax.monitoring.unregister_event_duration_listener(self._on_event)
 
     def _build(
         self, name: Hashable, function: Callable[..., Any], abstract_args: tuple[Any, ...],
         out_tree: Any, donate: int | None, key: tuple[Any, ...],
     ) -> jax.stages.Compiled:  # fmt: skip
         started = time.monotonic()
-        digest = program_key(name, key, abstract_args)
+        digest = program_key(name, (*key, donate, str(out_tree)), abstract_args)
         if self._program_cache is not None:
             in_tree = jax.tree.structure((abstract_args, {}))
             program = self._program_cache.load(digest, in_tree, out_tree)
@@ -170,10 +183,10 @@ class Compiler:
             self._program_cache.store(digest, program)
         return program
 
-    def _on_event(self, event: str, duration: float, **_: Any) -> None:
+    def _on_event(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event == COMPILE_EVENT and self._sealed and getattr(self._guarded, "active", False):
             raise LateCompileError(
-                f"something was compiled after warm-up ({duration:.2f} s) although late "
+                f"something was compiled after warm-up ({duration_secs:.2f} s) although late "
                 f"compilation is forbidden; run with jax_log_compiles to see what"
             )
 
@@ -192,9 +205,11 @@ def _source_digest() -> str:
     digest = hashlib.sha256()
     package = Path(__file__).parents[1]
     kernels = package.parent / "pallas_kernels"
+    paths = [package / "config.py", package / "sampling_params.py"]
     for folder in (package / "engine", package / "models", package / "runtime", kernels):
-        for path in sorted(folder.rglob("*.py")):
-            digest.update(path.read_bytes())
+        paths += sorted(folder.rglob("*.py"))
+    for path in paths:
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 

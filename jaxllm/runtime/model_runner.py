@@ -15,7 +15,7 @@ from jaxllm.config import EngineConfig
 from jaxllm.engine.batch import BatchPacker, Bucket, PackedLayout, table_row
 from jaxllm.engine.sequence import Batch, LogprobRows, Sequence, StepResult
 from jaxllm.models.decoder import Model, Parameters
-from jaxllm.runtime import kv_cache
+from jaxllm.runtime import kv_cache, memory
 from jaxllm.runtime.buckets import MIN_ROWS, fitting, plan_buckets
 from jaxllm.runtime.compilation import Compiler
 from jaxllm.runtime.sampler import Logprobs
@@ -116,27 +116,39 @@ class ModelRunner:
         self._compiler.close()
         self._params = self._state = None
 
+    def all_compiled(self) -> bool:
+        """Whether every program is ready."""
+        return self._compiler.num_ready == self._compiler.num_programs
+
     def temporaries(self) -> int:
-        """Bytes that the largest compiled step needs beside its arguments, by the compiler."""
-        sizes = [0]
-        for bucket in self.buckets:
-            analysis = self._compiler.get(bucket).memory_analysis()
-            sizes.append(analysis.temp_size_in_bytes if analysis else 0)
-        return max(sizes)
+        """Bytes that a step needs beside its arguments: the largest by the compiler's figures, or
+        an upper bound while the largest bucket is not compiled."""
+        largest = self._largest_bucket()
+        if not self._compiler.is_ready(largest):
+            return memory.estimated_temporaries(
+                self.model.config, largest.num_tokens, largest.num_seqs
+            )
+        analysis = self._compiler.get(largest).memory_analysis()
+        return analysis.temp_size_in_bytes if analysis else 0
 
     def abstract_state(self) -> State:
-        """The shapes and types of the device state."""
+        """The device state with a jax.ShapeDtypeStruct for each array."""
         config, vocab_size = self.config, self.model.config.vocab_size
-        num_slots = config.max_num_seqs
-        return State(
-            kv_cache.abstract_pool(
-                self.model.config, config.num_blocks, config.block_size, self.model.dtype,
-                self.device.platform,
-            ),
-            jax.ShapeDtypeStruct((num_slots,), jnp.int32),
-            jax.ShapeDtypeStruct((num_slots, vocab_size), jnp.int32),
-            jax.ShapeDtypeStruct((num_slots, vocab_size), jnp.float32),
+        pool = kv_cache.abstract_pool(
+            self.model.config, config.num_blocks, config.block_size, self.model.dtype,
+            self.device.platform,
         )  # fmt: skip
+        num_slots = config.max_num_seqs
+
+        def build() -> State:
+            return State(
+                jnp.zeros(pool.shape, pool.dtype),
+                jnp.zeros((num_slots,), jnp.int32),
+                jnp.zeros((num_slots, vocab_size), jnp.int32),
+                jnp.zeros((num_slots, vocab_size), jnp.float32),
+            )
+
+        return jax.eval_shape(build)
 
     def _submit_programs(self) -> None:
         state, params = self.abstract_state(), self.model.abstract_parameters()
@@ -163,7 +175,7 @@ class ModelRunner:
 
     def _compilation_order(self) -> list[Bucket]:
         """First what the first request needs, then the bucket that can run anything."""
-        largest = max(self.buckets, key=lambda b: (not b.decode_only, b.num_tokens, b.num_seqs))
+        largest = self._largest_bucket()
         first_tokens = min(FIRST_PROMPT_TOKENS, largest.num_tokens)
 
         def rank(bucket: Bucket) -> tuple[Any, ...]:
@@ -172,6 +184,9 @@ class ModelRunner:
             return not first, bucket != largest, not bucket.decode_only, bucket.num_tokens
 
         return sorted(self.buckets, key=rank)
+
+    def _largest_bucket(self) -> Bucket:
+        return max(self.buckets, key=lambda b: (not b.decode_only, b.num_tokens, b.num_seqs))
 
     # ---- steps
 

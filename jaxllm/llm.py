@@ -1,0 +1,192 @@
+"""The Python API: a model that generates."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from jaxllm.engine.engine import Request
+from jaxllm.outputs import CompletionOutput, RequestOutput
+from jaxllm.prompts import (
+    Message,
+    Prompt,
+    TokenizedPrompt,
+    is_chat,
+    is_single_prompt,
+    params_of_kind,
+    tokenize_chat,
+    tokenize_prompt,
+)
+from jaxllm.sampling_params import RequestOutputKind, SamplingParams
+from jaxllm.startup import EngineOptions, start_engine
+from jaxllm.text.tokenizer import Tokenizer
+
+Params = SamplingParams | Sequence[SamplingParams] | None
+
+
+class LLM:
+    """A model on this machine's device, for offline use from one thread.
+
+        llm = LLM("smollm2-135m-instruct", max_model_len=2048)
+        llm.generate(["The capital of France is"], SamplingParams(temperature=0))
+
+    model: a folder, a .gguf file, org/name of the Hugging Face hub, or a built-in name. Options are
+    those of startup.EngineOptions; an unknown one is a TypeError. Raises ModelError for files that
+    cannot be used. A context manager: leaving it frees the device's memory.
+    """
+
+    def __init__(self, model: str, **options: Any) -> None:
+        self._running = start_engine(str(model), EngineOptions(**options))
+        self.engine = self._running.engine
+        self._ids = itertools.count()
+        self._inboxes: dict[str, deque[RequestOutput]] = {}
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Frees the device's memory. The model cannot be used after it."""
+        self._running.close()
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self._running.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's makers recommend, over the defaults of SamplingParams."""
+        return SamplingParams.from_dict(self._running.default_sampling)
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets cached prompts."""
+        self.engine.reset_prefix_cache()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: Params = None,
+        *,
+        use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Answers in the order of the prompts: text, token ids, or chats. sampling_params: one for
+        all, or one each; None takes the model's defaults. Raises ValueError, before anything is
+        computed, if one of them cannot be served."""
+        batch = [prompts] if is_single_prompt(prompts) else list(prompts)
+        tokenizer = self._running.tokenizer
+        tokenized = [tokenize_prompt(prompt, tokenizer) for prompt in batch]  # type: ignore[arg-type]
+        return self._run(tokenized, sampling_params, use_tqdm, priority)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: Params = None,
+        *,
+        use_tqdm: bool = True,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answers to one conversation or to a list of them, through the chat template."""
+        conversations = [messages] if is_chat(messages) else list(messages)
+        tokenized = [
+            tokenize_chat(
+                [dict(message) for message in conversation],  # type: ignore[arg-type]
+                self._running.tokenizer,
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                **(chat_template_kwargs or {}),
+            )
+            for conversation in conversations
+        ]
+        return self._run(tokenized, sampling_params, use_tqdm, None)
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Iterator[CompletionOutput]:
+        """Pieces of the answers to one prompt as they come: each holds what is new. Leaving the
+        loop early ends the request."""
+        tokenized = tokenize_prompt(prompt, self._running.tokenizer)
+        params = self._params(sampling_params, RequestOutputKind.DELTA)
+        return self._stream(self._add(tokenized, params, 0))
+
+    def _stream(self, request_id: str) -> Iterator[CompletionOutput]:
+        try:
+            finished = False
+            while not finished:
+                output = self._next_output(request_id)
+                finished = output.finished
+                yield from output.outputs
+        finally:
+            self._forget([request_id])
+
+    def _run(
+        self,
+        prompts: Sequence[TokenizedPrompt],
+        sampling_params: Params,
+        use_tqdm: bool,
+        priority: Sequence[int] | None,
+    ) -> list[RequestOutput]:
+        per_prompt = self._params_of_each(sampling_params, len(prompts))
+        if priority is not None and len(priority) != len(prompts):
+            raise ValueError(f"{len(priority)} priorities for {len(prompts)} prompts")
+        request_ids: list[str] = []
+        try:
+            for i, (prompt, params) in enumerate(zip(prompts, per_prompt, strict=True)):
+                request_ids.append(self._add(prompt, params, priority[i] if priority else 0))
+            return self._collect(request_ids, use_tqdm)
+        finally:
+            self._forget(request_ids)
+
+    def _collect(self, request_ids: list[str], use_tqdm: bool) -> list[RequestOutput]:
+        from tqdm.auto import tqdm
+
+        with tqdm(total=len(request_ids), disable=not use_tqdm, desc="Processed prompts") as bar:
+            outputs = []
+            for request_id in request_ids:
+                outputs.append(self._next_output(request_id, bar))
+            bar.update(len(request_ids) - bar.n)
+        return outputs
+
+    def _params_of_each(self, params: Params, count: int) -> list[SamplingParams]:
+        kind = RequestOutputKind.FINAL_ONLY
+        if params is None or isinstance(params, SamplingParams):
+            return [self._params(params, kind)] * count
+        if len(params) != count:
+            raise ValueError(f"{len(params)} sampling_params for {count} prompts")
+        return [self._params(each, kind) for each in params]
+
+    def _params(self, params: SamplingParams | None, kind: RequestOutputKind) -> SamplingParams:
+        return params_of_kind(params, self._running.default_sampling, kind)
+
+    def _add(self, prompt: TokenizedPrompt, params: SamplingParams, priority: int) -> str:
+        request_id = str(next(self._ids))
+        self.engine.add_request(
+            Request(request_id, prompt.token_ids, params, prompt=prompt.text, priority=priority)
+        )
+        self._inboxes[request_id] = deque()
+        return request_id
+
+    def _next_output(self, request_id: str, bar: Any = None) -> RequestOutput:
+        """Steps the engine until this request has an output; others' outputs wait in theirs."""
+        inbox = self._inboxes[request_id]
+        while not inbox:
+            for output in self.engine.step():
+                if output.request_id in self._inboxes:
+                    self._inboxes[output.request_id].append(output)
+                if bar is not None and output.finished:
+                    bar.update()
+        return inbox.popleft()
+
+    def _forget(self, request_ids: list[str]) -> None:
+        for request_id in request_ids:
+            self.engine.abort(request_id)
+            self._inboxes.pop(request_id, None)

@@ -1,0 +1,267 @@
+"""From a model's name and the user's options to a running engine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.config import EngineConfig, ModelConfig, ModelError
+from jaxllm.engine.engine import Engine
+from jaxllm.loading.config_json import generation_defaults, model_config_from_hf
+from jaxllm.loading.gguf_source import GGUFFile
+from jaxllm.loading.hub import ModelFiles, cache_folder, find_model
+from jaxllm.loading.load import load_parameters, plan_leaves
+from jaxllm.loading.safetensors_source import SafetensorsSource
+from jaxllm.loading.source import TensorSource
+from jaxllm.models.decoder import Model
+from jaxllm.models.registry import build_model
+from jaxllm.runtime import kv_cache, memory
+from jaxllm.runtime.buckets import TokenRounding
+from jaxllm.runtime.compilation import Compiler, ProgramCache
+from jaxllm.runtime.memory import MemoryPlan
+from jaxllm.runtime.model_runner import ModelRunner
+from jaxllm.runtime.step import StepOptions
+from jaxllm.text.tokenizer import Tokenizer, load_tokenizer_from_folder, load_tokenizer_from_gguf
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What a user may say about an engine; None or "auto" is resolved by `start_engine`.
+
+    dtype: "auto" (float32 for a float32 checkpoint, else bfloat16), "bfloat16" or "float32".
+    max_model_len: longest sequence in tokens; None: what the model was made for.
+    max_num_seqs: most sequences of a step; None: 64 on CPU, else 256.
+    max_num_batched_tokens: token budget of a step; None: 512 on CPU, else 2048.
+    kv_cache_memory_bytes: size of the block pool; None: what memory allows (see runtime/memory.py).
+    forbid_compile: once all buckets are compiled, a compilation during a step is an error.
+    wait_for_compile: start only when every bucket is compiled, not when the first few are.
+    attention: implementation of attention; None: the best of the platform.
+    layer_loop: "auto" ("switch" on CPU, else "scan"), "switch" or "scan".
+    cache_dir: folder for fetched models and compiled programs; None: the user's cache folder.
+    program_cache: keep compiled programs on disk.
+    """
+
+    tokenizer: str | None = None
+    revision: str | None = None
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    block_size: int = 16
+    kv_cache_memory_bytes: int | None = None
+    enable_prefix_caching: bool = True
+    scheduling_policy: str = "fcfs"
+    max_num_waiting: int | None = None
+    seed: int = 0
+    forbid_compile: bool = False
+    wait_for_compile: bool = False
+    attention: str | None = None
+    layer_loop: str = "auto"
+    cache_dir: str | Path | None = None
+    program_cache: bool = True
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("dtype", ("auto", "bfloat16", "float32")),
+            ("layer_loop", ("auto", "switch", "scan")),
+            ("scheduling_policy", ("fcfs", "priority")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                )
+        for name in (
+            "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size",
+            "kv_cache_memory_bytes", "max_num_waiting",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            is_count = isinstance(value, int) and not isinstance(value, bool) and value > 0
+            if value is not None and not is_count:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+@dataclass(frozen=True)
+class RunningEngine:
+    """An engine and what its fronts need to know. default_sampling: what the model's makers
+    recommend (generation_config.json)."""
+
+    engine: Engine
+    runner: ModelRunner
+    tokenizer: Tokenizer
+    model_name: str
+    model_config: ModelConfig
+    memory_plan: MemoryPlan
+    default_sampling: Mapping[str, Any] = field(default_factory=dict)
+
+    def close(self) -> None:
+        """Frees the device's memory and ends background compilation."""
+        self.runner.close()
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """An opened model, its weights not yet read."""
+
+    files: ModelFiles
+    config: ModelConfig
+    source: TensorSource
+    gguf: GGUFFile | None
+
+    @classmethod
+    def open(cls, files: ModelFiles) -> _Checkpoint:
+        if files.gguf is not None:
+            gguf = GGUFFile(files.gguf)
+            return cls(files, gguf.config(), gguf.source(), gguf)
+        assert files.folder is not None
+        return cls(files, model_config_from_hf(files.folder), SafetensorsSource(files.folder), None)
+
+    def tokenizer(self, other: str | None) -> Tokenizer:
+        if other is not None:
+            if Path(other).suffix == ".gguf":
+                return load_tokenizer_from_gguf(GGUFFile(Path(other)).metadata)
+            return load_tokenizer_from_folder(Path(other))
+        if self.gguf is not None:
+            return load_tokenizer_from_gguf(self.gguf.metadata)
+        assert self.files.folder is not None
+        return load_tokenizer_from_folder(self.files.folder)
+
+    def default_sampling(self) -> dict[str, Any]:
+        return {} if self.files.folder is None else generation_defaults(self.files.folder)
+
+
+def start_engine(model_name: str, options: EngineOptions) -> RunningEngine:
+    """Finds, checks and loads a model while its programs are compiled, and makes an engine.
+
+    Raises ModelError for files that cannot be used, ValueError for options that do not fit.
+    """
+    started = time.monotonic()
+    cache_dir = Path(options.cache_dir) if options.cache_dir else cache_folder()
+    files = find_model(model_name, revision=options.revision, cache_dir=cache_dir)
+    checkpoint = _Checkpoint.open(files)
+    device = jax.devices()[0]
+    model = _build_model(checkpoint.config, options, device)
+    plan_leaves(checkpoint.config, model.abstract_parameters(), checkpoint.source)
+    config = _engine_config(model, options, device)
+    opened = time.monotonic()
+
+    programs = ProgramCache.open(cache_dir / "programs") if options.program_cache else None
+    compiler = Compiler(
+        programs, num_threads=os.cpu_count() or 1, forbid_late=options.forbid_compile
+    )
+    try:
+        step_options = StepOptions(attention=options.attention)
+        runner = ModelRunner(model, config, compiler, device=device, options=step_options)
+        tokenizer = checkpoint.tokenizer(options.tokenizer)
+        runner.set_parameters(_load(checkpoint, model, device))
+        loaded = time.monotonic()
+        if options.wait_for_compile or options.forbid_compile:
+            runner.wait_until_compiled()
+    except BaseException:
+        compiler.close()
+        raise
+    engine = Engine(
+        config,
+        runner,
+        vocab_size=model.config.vocab_size,
+        tokenizer=tokenizer,
+        eos_token_ids=model.config.eos_token_ids,
+        max_num_waiting=options.max_num_waiting,
+        round_budget=TokenRounding(runner.buckets),
+    )
+    plan = _memory_plan(model, config, runner)
+    logger.info("%s on %s: memory %s", model_name, device.device_kind, plan)
+    logger.info(
+        "ready in %.1f s: files %.1f, weights %.1f, programs %.1f; %d of %d programs ready",
+        time.monotonic() - started, opened - started, loaded - opened,
+        time.monotonic() - loaded, compiler.num_ready, compiler.num_programs,
+    )  # fmt: skip
+    return RunningEngine(
+        engine, runner, tokenizer, model_name, model.config, plan, checkpoint.default_sampling()
+    )
+
+
+def _build_model(config: ModelConfig, options: EngineOptions, device: jax.Device) -> Model:
+    dtype = options.dtype
+    if dtype == "auto":
+        dtype = "float32" if config.checkpoint_dtype == "float32" else "bfloat16"
+    layer_loop = options.layer_loop
+    if layer_loop == "auto":
+        layer_loop = "switch" if device.platform == "cpu" else "scan"
+    return build_model(config, layer_loop=layer_loop, dtype=jnp.dtype(dtype))  # type: ignore[arg-type]
+
+
+def _engine_config(model: Model, options: EngineOptions, device: jax.Device) -> EngineConfig:
+    on_cpu = device.platform == "cpu"
+    longest = model.config.max_position_embeddings
+    max_model_len = options.max_model_len or longest
+    if max_model_len > longest:
+        raise ValueError(
+            f"max_model_len {max_model_len} is more than the model's {longest} positions"
+        )
+    max_num_seqs = options.max_num_seqs or (64 if on_cpu else 256)
+    max_tokens = options.max_num_batched_tokens or max(512 if on_cpu else 2048, max_num_seqs)
+    bytes_of_block = kv_cache.block_bytes(model.config, options.block_size, model.dtype)
+    budget = options.kv_cache_memory_bytes or memory.pool_budget(
+        device,
+        parameters=_num_bytes(model.abstract_parameters()),
+        state=_table_bytes(model.config, max_num_seqs),
+        temporaries=memory.estimated_temporaries(model.config, max_tokens, max_num_seqs),
+    )
+    num_blocks = memory.num_pool_blocks(
+        budget, bytes_of_block, options.block_size, max_num_seqs, max_model_len
+    )
+    return EngineConfig(
+        num_blocks=num_blocks,
+        block_size=options.block_size,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_tokens,
+        enable_prefix_caching=options.enable_prefix_caching,
+        policy=options.scheduling_policy,
+        seed=options.seed,
+    )
+
+
+def _load(checkpoint: _Checkpoint, model: Model, device: jax.Device) -> dict[str, Any]:
+    def put(array: np.ndarray, path: tuple[Any, ...]) -> jax.Array:
+        del path  # one device: every leaf goes to it
+        return jax.device_put(array, device)
+
+    abstract = model.abstract_parameters()
+    return load_parameters(checkpoint.config, abstract, checkpoint.source, put=put)
+
+
+def _memory_plan(model: Model, config: EngineConfig, runner: ModelRunner) -> MemoryPlan:
+    """What the engine will use. Where host and device share memory, the process is what it holds
+    now beyond the arrays, and what compilation still to come may add."""
+    parameters = _num_bytes(model.abstract_parameters())
+    pool = config.num_blocks * kv_cache.block_bytes(model.config, config.block_size, model.dtype)
+    state = _table_bytes(model.config, config.max_num_seqs)
+    process = 0
+    if runner.device.platform == "cpu":
+        process = max(0, memory.process_bytes() - parameters - pool - state)
+        if not runner.all_compiled():
+            process += memory.COMPILER_BYTES
+    return MemoryPlan(parameters, pool, state, runner.temporaries(), process)
+
+
+def _table_bytes(config: ModelConfig, max_num_seqs: int) -> int:
+    return 8 * config.vocab_size * max_num_seqs
+
+
+def _num_bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+__all__ = ["EngineOptions", "ModelError", "RunningEngine", "start_engine"]
