@@ -1,0 +1,331 @@
+"""Compiled programs: kept on disk, loaded again, never by surprise."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm.runtime import compilation
+from jaxllm.runtime.compilation import Compiler, LateCompileError, ProgramCache, program_key
+
+VECTOR = jax.ShapeDtypeStruct((8,), jnp.float32)
+ARGS = ({"a": VECTOR, "b": VECTOR},)
+OUT_TREE = jax.tree.structure((0, 0))
+
+
+def add(pair: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    return pair["a"] + pair["b"], pair["a"] * 2
+
+
+def pair() -> dict[str, jax.Array]:
+    return {"a": jnp.arange(8.0), "b": jnp.ones(8)}
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., Compiler]]:
+    compilers = []
+
+    def build(folder: Path | None = None, **options: Any) -> Compiler:
+        cache = None if folder is None else ProgramCache.open(folder)
+        compilers.append(Compiler(cache, num_threads=2, **options))
+        return compilers[-1]
+
+    yield build
+    for compiler in compilers:
+        compiler.close()
+
+
+def submit(compiler: Compiler, name: str = "add", function: Any = add, **options: Any) -> None:
+    defaults = {"abstract_args": ARGS, "out_tree": OUT_TREE, "donate": None, "key": ()}
+    compiler.submit(name, function, **{**defaults, **options})
+
+
+def programs(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir())
+
+
+def assert_adds(compiler: Compiler) -> None:
+    total, twice = compiler.get("add")(pair())
+    np.testing.assert_array_equal(total, np.arange(8.0) + 1)
+    np.testing.assert_array_equal(twice, np.arange(8.0) * 2)
+
+
+def test_a_second_compiler_loads_what_the_first_compiled(
+    make: Callable[..., Compiler], tmp_path: Path
+) -> None:
+    folder = tmp_path / "new" / "programs"
+    for num_compiled, num_loaded in ((1, 0), (0, 1)):
+        compiler = make(folder)
+        submit(compiler)
+        compiler.wait()
+        assert_adds(compiler)
+        assert (compiler.num_compiled, compiler.num_loaded) == (num_compiled, num_loaded)
+        assert (compiler.compile_seconds > 0) == bool(num_compiled)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert len(programs(folder)) == 1
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "sealed nonsense"])
+def test_a_damaged_program_is_compiled_again(
+    make: Callable[..., Compiler], tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = make(tmp_path / "p")
+    submit(first)
+    first.wait()
+    (path,) = programs(tmp_path / "p")
+    content = bytearray(path.read_bytes())
+    if damage == "cut":
+        content = content[:-100]
+    elif damage == "flipped":
+        content[len(content) // 2] ^= 1
+    elif damage == "empty":
+        content = bytearray()
+    else:  # a right checksum, but no program
+        content = bytearray(compilation.hashlib.sha256(b"nonsense").digest() + b"nonsense")
+    path.write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        second = make(tmp_path / "p")
+        submit(second)
+        second.wait()
+    assert "cached program" in caplog.text
+    assert_adds(second)
+    assert (second.num_compiled, second.num_loaded) == (1, 0)
+    third = make(tmp_path / "p")  # the good one took the place of the damaged one
+    submit(third)
+    third.wait()
+    assert third.num_loaded == 1
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o702])
+def test_a_folder_that_others_can_write_is_refused(
+    tmp_path: Path, mode: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    tmp_path.chmod(mode)
+    with caplog.at_level(logging.WARNING):
+        assert ProgramCache.open(tmp_path) is None
+    assert "others may write" in caplog.text
+    tmp_path.chmod(0o755)
+    assert ProgramCache.open(tmp_path) is not None
+
+
+def test_a_folder_that_cannot_be_made_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    with caplog.at_level(logging.WARNING):
+        assert ProgramCache.open(tmp_path / "file" / "folder") is None
+    assert "no program cache" in caplog.text
+
+
+def test_a_full_disk_is_a_warning(
+    make: Callable[..., Compiler],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    real = tempfile.NamedTemporaryFile
+
+    def full(*args: Any, **options: Any) -> Any:
+        file = real(*args, **options)
+
+        def write(content: bytes) -> int:
+            file.file.write(content[:10])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        file.write = write
+        return file
+
+    monkeypatch.setattr(compilation.tempfile, "NamedTemporaryFile", full)
+    compiler = make(tmp_path / "p")
+    with caplog.at_level(logging.WARNING):
+        submit(compiler)
+        compiler.wait()
+    assert "No space left on device" in caplog.text
+    assert_adds(compiler)
+    assert programs(tmp_path / "p") == []
+
+
+def test_a_program_that_cannot_be_serialized_is_used_all_the_same(
+    make: Callable[..., Compiler],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refuse(_: Any) -> Any:
+        raise jax.errors.JaxRuntimeError("UNIMPLEMENTED: serialization")
+
+    monkeypatch.setattr(compilation.serialize_executable, "serialize", refuse)
+    compiler = make(tmp_path / "p")
+    with caplog.at_level(logging.WARNING):
+        submit(compiler)
+        compiler.wait()
+    assert "UNIMPLEMENTED" in caplog.text
+    assert_adds(compiler)
+
+
+def test_the_key_tells_programs_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = jax.ShapeDtypeStruct((8,), jnp.int32)
+    longer = jax.ShapeDtypeStruct((16,), jnp.float32)
+    keys = [
+        program_key("add", (), ARGS),
+        program_key("sub", (), ARGS),
+        program_key("add", (1,), ARGS),
+        program_key("add", (), ({"a": VECTOR, "b": other},)),
+        program_key("add", (), ({"a": VECTOR, "b": longer},)),
+        program_key("add", (), ({"a": VECTOR, "c": VECTOR},)),
+        program_key("add", (), (VECTOR, VECTOR)),
+    ]
+    monkeypatch.setattr(compilation, "_source_digest", lambda: "other source")
+    keys.append(program_key("add", (), ARGS))
+    monkeypatch.undo()
+    monkeypatch.setattr(compilation, "_machine", lambda: ("another machine",))
+    keys.append(program_key("add", (), ARGS))
+    monkeypatch.undo()
+    assert len(set(keys)) == len(keys)
+    assert program_key("add", (), ARGS) == keys[0]
+
+
+def test_source_digest_covers_what_a_step_is_made_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "jaxllm"
+    names = ["config.py", "sampling_params.py", "engine/batch.py", "models/layers.py",
+             "runtime/compilation.py", "../pallas_kernels/attention/api.py"]  # fmt: skip
+    for name in names:
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text("before")
+    monkeypatch.setattr(compilation, "__file__", str(package / "runtime" / "compilation.py"))
+    digest = compilation._source_digest.__wrapped__
+    digests = {digest()}
+    for name in names:
+        (package / name).write_text("after")
+        digests.add(digest())
+    assert len(digests) == 1 + len(names)
+
+
+def test_donation_is_part_of_the_key(make: Callable[..., Compiler], tmp_path: Path) -> None:
+    compiler = make(tmp_path / "p")
+    submit(compiler)
+    compiler.wait()
+    submit(compiler, donate=0)
+    compiler.wait()
+    assert compiler.num_compiled == 2
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_donation_holds_for_compiled_and_loaded_programs(
+    make: Callable[..., Compiler], tmp_path: Path, loaded: bool
+) -> None:
+    state = jax.ShapeDtypeStruct((1 << 20,), jnp.float32)
+    options = {
+        "abstract_args": (state, jax.ShapeDtypeStruct((), jnp.int32)),
+        "out_tree": jax.tree.structure(0),
+        "donate": 0,
+    }
+    for _ in range(1 + loaded):
+        compiler = make(tmp_path / "p")
+        submit(compiler, "set", lambda x, i: x.at[i].set(1.0), **options)
+        compiler.wait()
+    assert compiler.num_loaded == loaded
+    given = jnp.zeros(1 << 20)
+    address = given.unsafe_buffer_pointer()
+    result = compiler.get("set")(given, np.int32(5))
+    assert given.is_deleted()
+    assert result.unsafe_buffer_pointer() == address
+    assert (result[5], result.sum()) == (1, 1)
+
+
+def fresh_jit() -> Any:
+    return jax.jit(lambda x: x * 3 + 1)
+
+
+def test_late_compilation_is_an_error_inside_the_guard_only(make: Callable[..., Compiler]) -> None:
+    compiler = make(forbid_late=True)
+    submit(compiler)
+    values = np.arange(3.0)
+    with compiler.guard():  # not before wait()
+        fresh_jit()(values)
+    compiler.wait()
+    fresh_jit()(values)  # not outside
+    late = fresh_jit()
+    with compiler.guard():
+        assert_adds_args = pair_on_host()
+        compiler.get("add")(assert_adds_args)  # what is compiled runs
+        for _ in range(2):  # and a refused program is not kept
+            with pytest.raises(LateCompileError, match="after warm-up"):
+                late(values)
+    other = threading.Thread(target=lambda: results.append(fresh_jit()(values)))
+    results: list[jax.Array] = []
+    with compiler.guard():  # other threads are free
+        other.start()
+        other.join()
+    np.testing.assert_array_equal(results[0], values * 3 + 1)
+    late(values)
+
+
+def pair_on_host() -> dict[str, np.ndarray]:
+    return {"a": np.zeros(8, np.float32), "b": np.zeros(8, np.float32)}
+
+
+def test_late_compilation_is_allowed_unless_forbidden(make: Callable[..., Compiler]) -> None:
+    compiler = make()
+    submit(compiler)
+    compiler.wait()
+    with compiler.guard():
+        assert fresh_jit()(np.float32(2)) == 7
+
+
+def test_the_guard_ends_with_an_exception(make: Callable[..., Compiler]) -> None:
+    compiler = make(forbid_late=True)
+    compiler.wait()
+    with pytest.raises(KeyError), compiler.guard():
+        raise KeyError
+    assert fresh_jit()(np.float32(2)) == 7
+
+
+def test_a_failing_compilation_surfaces(make: Callable[..., Compiler]) -> None:
+    def broken(_: Any) -> Any:
+        raise ValueError("no such shape")
+
+    compiler = make()
+    submit(compiler, "broken", broken)
+    submit(compiler)
+    for ask in (lambda: compiler.get("broken"), compiler.wait):
+        with pytest.raises(ValueError, match="no such shape"):
+            ask()
+    assert not compiler.is_ready("broken")
+    assert_adds(compiler)
+    assert compiler.is_ready("add")
+
+
+def test_close_drops_what_is_queued_and_waits_for_what_runs() -> None:
+    compiler = Compiler(None, num_threads=1)
+    started, release = threading.Event(), threading.Event()
+
+    def slow(pair: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        started.set()
+        assert release.wait(10)
+        return add(pair)
+
+    submit(compiler, "slow", slow)
+    submit(compiler)
+    started.wait(10)
+    assert not compiler.is_ready("slow")
+    threading.Timer(0.1, release.set).start()
+    compiler.close()
+    assert compiler.is_ready("slow")
+    assert not compiler.is_ready("add")
+    with pytest.raises(CancelledError):
+        compiler.get("add")
+    compiler.close()  # again does no harm
