@@ -1,0 +1,62 @@
+"""What a user may say about an engine. No jax: the command line reads it before it starts one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What a user may say about an engine; None or "auto" is resolved by `start_engine`.
+
+    dtype: "auto" (float32 for a float32 checkpoint, else bfloat16), "bfloat16" or "float32".
+    max_model_len: longest sequence in tokens; None: what the model was made for.
+    max_num_seqs: most sequences of a step; None: 64 on CPU, else 256.
+    max_num_batched_tokens: token budget of a step; None: 512 on CPU, else 2048.
+    kv_cache_memory_bytes: size of the block pool; None: what memory allows (see runtime/memory.py).
+    forbid_compile: once all buckets are compiled, a compilation during a step is an error.
+    wait_for_compile: start only when every bucket is compiled, not when the first few are.
+    attention: implementation of attention; None: the best of the platform.
+    layer_loop: "auto" ("switch" on CPU, else "scan"), "switch" or "scan".
+    cache_dir: folder for fetched models and compiled programs; None: the user's cache folder.
+    program_cache: keep compiled programs on disk.
+    """
+
+    tokenizer: str | None = None
+    revision: str | None = None
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    block_size: int = 16
+    kv_cache_memory_bytes: int | None = None
+    enable_prefix_caching: bool = True
+    scheduling_policy: str = "fcfs"
+    max_num_waiting: int | None = None
+    seed: int = 0
+    forbid_compile: bool = False
+    wait_for_compile: bool = False
+    attention: str | None = None
+    layer_loop: str = "auto"
+    cache_dir: str | Path | None = None
+    program_cache: bool = True
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("dtype", ("auto", "bfloat16", "float32")),
+            ("layer_loop", ("auto", "switch", "scan")),
+            ("scheduling_policy", ("fcfs", "priority")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                )
+        for name in (
+            "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size",
+            "kv_cache_memory_bytes", "max_num_waiting",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            is_count = isinstance(value, int) and not isinstance(value, bool) and value > 0
+            if value is not None and not is_count:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
