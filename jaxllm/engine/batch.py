@@ -37,6 +37,7 @@ FLOAT_FIELDS = (
     "presence_penalty",
     "frequency_penalty",
 )
+ROW_FIELDS = INT_FIELDS + FLOAT_FIELDS
 
 
 @dataclass(frozen=True)
@@ -60,16 +61,16 @@ class PackedLayout:
     max_blocks: int  # M
 
     @cached_property
-    def fields(self) -> dict[str, tuple[int, tuple[int, ...]]]:
-        """name -> (offset, shape), in elements."""
+    def arrays(self) -> dict[str, tuple[int, tuple[int, ...]]]:
+        """name -> (offset, shape), in elements. row_fields holds one row for each ROW_FIELDS."""
         num_seqs = self.bucket.num_seqs
         shapes: dict[str, tuple[int, ...]] = {
             "token_ids": (self.bucket.num_tokens,),
             "query_start": (num_seqs + 1,),
             "distribution": (3,),
             "block_tables": (num_seqs, self.max_blocks),
+            "row_fields": (len(ROW_FIELDS), num_seqs),
         }
-        shapes |= dict.fromkeys(INT_FIELDS + FLOAT_FIELDS, (num_seqs,))
         offsets, end = {}, 0
         for name, shape in shapes.items():
             offsets[name] = (end, shape)
@@ -78,24 +79,30 @@ class PackedLayout:
 
     @cached_property
     def size(self) -> int:
-        offset, shape = next(reversed(self.fields.values()))
-        return offset + math.prod(shape)
+        return sum(math.prod(shape) for _, shape in self.arrays.values())
+
+    def view(self, buffer: np.ndarray, name: str) -> np.ndarray:
+        """One of the arrays in a buffer."""
+        offset, shape = self.arrays[name]
+        return buffer[offset : offset + math.prod(shape)].reshape(shape)
 
     def views(self, buffer: np.ndarray) -> dict[str, np.ndarray]:
-        """The fields as views of a buffer, floats as float32."""
-        return {
-            name: buffer[offset : offset + math.prod(shape)]
-            .view(np.float32 if name in FLOAT_FIELDS else np.int32)
-            .reshape(shape)
-            for name, (offset, shape) in self.fields.items()
-        }
+        """All arrays of a buffer with row_fields by name, floats as float32."""
+        views = {name: self.view(buffer, name) for name in self.arrays}
+        return views | fields_by_name(views.pop("row_fields"))
+
+
+def fields_by_name(row_fields: np.ndarray) -> dict[str, np.ndarray]:
+    """The rows of an array [number of ROW_FIELDS, n], floats as float32."""
+    fields = dict(zip(ROW_FIELDS, row_fields, strict=True))
+    return fields | {name: fields[name].view(np.float32) for name in FLOAT_FIELDS}
 
 
 class BatchPacker:
-    """Keeps what a step needs of each slot in numpy rows, and gathers them into a buffer.
+    """Keeps what a step needs of each slot in numpy arrays, and gathers them into a buffer.
 
     A slot's constant fields are written once when a sequence takes it, its block table grows with
-    the sequence's; so packing costs little Python for each sequence.
+    the sequence's, and one gather fetches all fields; so packing costs little Python.
     """
 
     def __init__(self, num_slots: int, max_blocks: int) -> None:
@@ -107,11 +114,11 @@ class BatchPacker:
         """Forgets all slots, as after the device state was built anew."""
         rows = self._num_slots + 1  # the last one is what padding rows read
         self._block_tables = np.zeros((rows, self._max_blocks), np.int32)
-        self._ints = {name: np.zeros(rows, np.int32) for name in INT_FIELDS}
-        self._floats = {name: np.zeros(rows, np.float32) for name in FLOAT_FIELDS}
-        self._ints["slots"][:] = np.arange(rows)
+        self._row_fields = np.zeros((len(ROW_FIELDS), rows), np.int32)
+        self._fields = fields_by_name(self._row_fields)
+        self._fields["slots"][:] = np.arange(rows)
         for name in ("top_p", "repetition_penalty"):
-            self._floats[name][:] = 1.0
+            self._fields[name][:] = 1.0
         # Who holds each slot. A sequence that was preempted comes back as another owner, even to
         # the same slot: its blocks are others.
         self._owner = [(-1, 0)] * rows  # (sequence_id, num_preemptions)
@@ -126,7 +133,7 @@ class BatchPacker:
             sequence = scheduled.sequence
             if self._owner[sequence.slot] != (sequence.sequence_id, sequence.num_preemptions):
                 self._take_slot(sequence)
-                if self._ints["uses_table"][sequence.slot]:
+                if self._fields["uses_table"][sequence.slot]:
                     needing.append(sequence)
         return needing
 
@@ -135,58 +142,63 @@ class BatchPacker:
         self._owner[slot] = (sequence.sequence_id, sequence.num_preemptions)
         self._num_blocks[slot] = 0
         self._sampled_at[slot] = -1
-        ints, floats = self._ints, self._floats
-        ints["prompt_lens"][slot] = sequence.num_prompt_tokens
-        ints["seed_low"][slot] = _as_int32(sequence.seed)
-        ints["seed_high"][slot] = _as_int32(sequence.seed >> 32)
-        ints["top_k"][slot] = params.top_k
-        ints["min_tokens"][slot] = params.min_tokens
-        ints["uses_table"][slot] = uses_table(sequence)
-        ints["wants_logprobs"][slot] = params.logprobs is not None
-        ints["wants_prompt_logprobs"][slot] = params.prompt_logprobs is not None
-        floats["temperature"][slot] = 0.0 if params.greedy else params.temperature
-        for name in FLOAT_FIELDS[1:]:
-            floats[name][slot] = getattr(params, name)
+        fields = self._fields
+        fields["prompt_lens"][slot] = sequence.num_prompt_tokens
+        fields["seed_low"][slot] = _as_int32(sequence.seed)
+        fields["seed_high"][slot] = _as_int32(sequence.seed >> 32)
+        fields["uses_table"][slot] = uses_table(sequence)
+        fields["wants_logprobs"][slot] = params.logprobs is not None
+        fields["wants_prompt_logprobs"][slot] = params.prompt_logprobs is not None
+        fields["temperature"][slot] = 0.0 if params.greedy else params.temperature
+        for name in ("top_k", "min_tokens", *FLOAT_FIELDS[1:]):
+            fields[name][slot] = getattr(params, name)
 
     def pack(self, batch: Batch, layout: PackedLayout) -> np.ndarray:
         """The buffer of a batch that fits the layout's bucket; new_table_rows(batch) came first."""
-        bucket = layout.bucket
-        assert batch.num_tokens <= bucket.num_tokens
-        assert len(batch.sequences) <= bucket.num_seqs
-        slots = np.full(bucket.num_seqs, self._num_slots, np.int32)
+        assert batch.num_tokens <= layout.bucket.num_tokens
+        assert len(batch.sequences) <= layout.bucket.num_seqs
         token_ids: list[int] = []
-        query_lens = np.zeros(bucket.num_seqs, np.int32)
-        ints = self._ints
-        for row, scheduled in enumerate(batch.sequences):
+        for scheduled in batch.sequences:
             sequence, start, num_tokens = scheduled.sequence, scheduled.start, scheduled.num_tokens
-            slot = sequence.slot
-            slots[row] = slot
-            query_lens[row] = num_tokens
-            end = start + num_tokens
-            if num_tokens == 1 and self._sampled_at[slot] == start:
+            if num_tokens == 1 and self._sampled_at[sequence.slot] == start:
                 token_ids.append(ON_DEVICE)
             else:
-                token_ids.extend(sequence.token_ids[start:end])
-            ints["seq_lens"][slot] = end
-            ints["samples"][slot] = scheduled.samples
-            if scheduled.samples:
-                self._sampled_at[slot] = end
-                ints["output_lens"][slot] = end - sequence.num_prompt_tokens
-            else:
-                ints["next_token_ids"][slot] = sequence.token_ids[end]
+                token_ids += sequence.token_ids[start : start + num_tokens]
             self._grow_block_table(sequence)
+        slots = self._write_progress(batch)
 
         buffer = np.zeros(layout.size, np.int32)
-        views = layout.views(buffer)
-        views["token_ids"][: len(token_ids)] = token_ids
-        np.cumsum(query_lens, out=views["query_start"][1:])
-        views["distribution"][:] = (batch.num_decodes, batch.num_decodes, len(batch.sequences))
-        np.take(self._block_tables, slots, axis=0, out=views["block_tables"])
-        for name, array in ints.items():
-            np.take(array, slots, out=views[name])
-        for name, floats in self._floats.items():
-            np.take(floats, slots, out=views[name])
+        layout.view(buffer, "token_ids")[: len(token_ids)] = token_ids
+        query_start = layout.view(buffer, "query_start")
+        query_start[1 : len(slots) + 1] = [s.num_tokens for s in batch.sequences]
+        np.cumsum(query_start, out=query_start)
+        distribution = (batch.num_decodes, batch.num_decodes, len(slots))
+        layout.view(buffer, "distribution")[:] = distribution
+        padded_slots = np.full(layout.bucket.num_seqs, self._num_slots)
+        padded_slots[: len(slots)] = slots
+        # All slots exist; mode "clip" only lets numpy write into `out` without a buffer.
+        tables, fields = layout.view(buffer, "block_tables"), layout.view(buffer, "row_fields")
+        np.take(self._block_tables, padded_slots, axis=0, out=tables, mode="clip")
+        np.take(self._row_fields, padded_slots, axis=1, out=fields, mode="clip")
         return buffer
+
+    def _write_progress(self, batch: Batch) -> list[int]:
+        """Brings the fields that change from step to step up to date. Returns the rows' slots."""
+        slots, ends, output_lens, next_token_ids = [], [], [], []
+        for scheduled in batch.sequences:
+            sequence, end = scheduled.sequence, scheduled.start + scheduled.num_tokens
+            slots.append(sequence.slot)
+            ends.append(end)
+            output_lens.append(end - sequence.num_prompt_tokens)
+            next_token_ids.append(0 if scheduled.samples else sequence.token_ids[end])
+            if scheduled.samples:
+                self._sampled_at[sequence.slot] = end
+        fields = self._fields
+        fields["seq_lens"][slots] = ends
+        fields["samples"][slots] = [s.samples for s in batch.sequences]
+        fields["output_lens"][slots] = output_lens  # negative, and not read, within a prompt
+        fields["next_token_ids"][slots] = next_token_ids
+        return slots
 
     def _grow_block_table(self, sequence: Sequence) -> None:
         slot, table = sequence.slot, sequence.block_table

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxllm.engine.batch import FLOAT_FIELDS, ON_DEVICE, PackedLayout
+from jaxllm.engine.batch import FLOAT_FIELDS, ON_DEVICE, ROW_FIELDS, PackedLayout
 from jaxllm.models.decoder import Model, Parameters
 from jaxllm.runtime import sampler
 from jaxllm.runtime.sampler import Logprobs, SamplingInputs
@@ -86,13 +86,14 @@ def make_step(
 
 def unpack(packed: jax.Array, layout: PackedLayout) -> dict[str, jax.Array]:
     """The fields of a packed buffer, floats as float32."""
-    fields = {}
-    for name, (offset, shape) in layout.fields.items():
-        field = jax.lax.slice_in_dim(packed, offset, offset + math.prod(shape)).reshape(shape)
-        if name in FLOAT_FIELDS:
-            field = jax.lax.bitcast_convert_type(field, jnp.float32)
-        fields[name] = field
-    return fields
+    arrays = {
+        name: jax.lax.slice_in_dim(packed, offset, offset + math.prod(shape)).reshape(shape)
+        for name, (offset, shape) in layout.arrays.items()
+    }
+    fields = dict(zip(ROW_FIELDS, arrays.pop("row_fields"), strict=True))
+    for name in FLOAT_FIELDS:
+        fields[name] = jax.lax.bitcast_convert_type(fields[name], jnp.float32)
+    return arrays | fields
 
 
 def write_table_row(state: State, slot: jax.Array, info: jax.Array, bias: jax.Array) -> State:

@@ -81,7 +81,7 @@ def test_the_device_reads_what_the_host_wrote(layout: PackedLayout) -> None:
         views[name][:] = rng.normal(size=8) * 10.0 ** rng.integers(-30, 30, 8)
     views["min_p"][:4] = (0.0, -0.0, np.inf, 2.0**-149)
     fields = jax.jit(lambda packed: unpack(packed, layout))(buffer)
-    assert set(fields) == set(views) == set(layout.fields)
+    assert set(fields) == set(views) >= set(INT_FIELDS + FLOAT_FIELDS)
     for name, field in fields.items():
         host = np.asarray(field)
         assert host.dtype == views[name].dtype == (np.float32 if name in FLOAT_FIELDS else np.int32)
