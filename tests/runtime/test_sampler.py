@@ -268,11 +268,11 @@ def test_the_only_allowed_token_is_taken(options: dict[str, Any]) -> None:
 
 
 def test_a_penalty_that_overflows_leaves_the_best_token() -> None:
-    logits = np.tile(np.linspace(30, 1, 300), (8, 1))
+    logits = np.tile(np.linspace(1, 30, 300), (8, 1))
     info = np.zeros((8, 300), np.int32)
-    info[:, 0] = IN_PROMPT
+    info[:, 299] = IN_PROMPT
     options = {"repetition_penalty": 1e-38, "temperature": 1.0, "uses_table": 1}
-    assert (draw_tokens(logits, same_for_all(8, **options), info) == 0).all()
+    assert (draw_tokens(logits, same_for_all(8, **options), info) == 299).all()
 
 
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
