@@ -1,0 +1,63 @@
+"""The compiled step as a program: what it copies, and for which platforms it can be lowered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxllm.config import ModelConfig, RopeConfig
+from jaxllm.engine.batch import Bucket, PackedLayout
+from jaxllm.models.decoder import LayerLoop
+from jaxllm.models.registry import build_model
+from jaxllm.runtime.kv_cache import abstract_pool
+from jaxllm.runtime.step import State, StepOptions, make_step
+
+CONFIG = ModelConfig("LlamaForCausalLM", 320, 64, 128, 3, 4, 2, 16, 512, 1e-5, RopeConfig())
+DECODE = Bucket(8, 8, decode_only=True)
+MIXED = Bucket(32, 8, decode_only=False)
+NUM_SLOTS, NUM_BLOCKS = 8, 4096
+
+
+def jitted_step(
+    bucket: Bucket, layer_loop: LayerLoop, dtype: Any, platform: str
+) -> tuple[Any, tuple[Any, ...]]:
+    """The step of a bucket, not yet compiled, and its abstract arguments."""
+    model = build_model(CONFIG, layer_loop=layer_loop, dtype=dtype)
+    layout = PackedLayout(bucket, max_blocks=32)
+    state = State(
+        abstract_pool(CONFIG, NUM_BLOCKS, 16, dtype, platform),  # type: ignore[arg-type]
+        *(
+            jax.ShapeDtypeStruct(shape, element)  # type: ignore[arg-type]
+            for shape, element in (
+                ((NUM_SLOTS,), jnp.int32),
+                ((NUM_SLOTS, CONFIG.vocab_size), jnp.int32),
+                ((NUM_SLOTS, CONFIG.vocab_size), jnp.float32),
+            )
+        ),
+    )
+    step = jax.jit(make_step(model, layout, StepOptions()), donate_argnums=1)
+    packed = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
+    return step, (model.abstract_parameters(), state, packed)
+
+
+@pytest.mark.parametrize("bucket", [DECODE, MIXED], ids=str)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_pool_is_updated_in_place(bucket: Bucket, dtype: Any) -> None:
+    step, arguments = jitted_step(bucket, "switch", dtype, "cpu")
+    pool = arguments[1].kv_pool
+    pool_bytes = pool.size * pool.dtype.itemsize  # 25 MiB or 50
+    analysis = step.lower(*arguments).compile().memory_analysis()
+    assert analysis.alias_size_in_bytes > pool_bytes
+    assert analysis.temp_size_in_bytes < pool_bytes / 8
+
+
+@pytest.mark.parametrize("bucket", [DECODE, MIXED], ids=str)
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_the_step_lowers_for_accelerators(bucket: Bucket, platform: str) -> None:
+    step, arguments = jitted_step(bucket, "scan", jnp.bfloat16, platform)
+    text = step.trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+    assert "stablehlo.while" in text
+    assert "tensor<3x4096x16x4x16xbf16>" in text  # the pool, in its own type
