@@ -107,6 +107,19 @@ class ModelConfig:
                     f"eos_token_id {token_id} is outside the vocabulary of {self.vocab_size}"
                 )
 
+    @property
+    def max_context_len(self) -> int:
+        """The longest sequence that the positions are made for. ``linear`` and ``dynamic`` stretch
+        max_position_embeddings, ``yarn`` the original length; ``llama3`` checkpoints already say
+        the stretched length."""
+        longest, rope = self.max_position_embeddings, self.rope
+        if rope.rope_type in ("linear", "dynamic"):
+            return int(longest * rope.factor)
+        if rope.rope_type == "yarn":
+            original = rope.original_max_position_embeddings or longest
+            return max(longest, int(original * rope.factor))
+        return longest
+
     def window(self, layer: int) -> int:
         """The sliding window of a layer in tokens; 0 means that it sees the whole context."""
         return self.sliding_windows[layer] if self.sliding_windows else 0

@@ -148,11 +148,12 @@ def _build_model(config: ModelConfig, options: EngineOptions, device: jax.Device
 
 def _engine_config(model: Model, options: EngineOptions, device: jax.Device) -> EngineConfig:
     on_cpu = device.platform == "cpu"
-    longest = model.config.max_position_embeddings
+    longest = model.config.max_context_len
     max_model_len = options.max_model_len or longest
     if max_model_len > longest:
         raise ValueError(
-            f"max_model_len {max_model_len} is more than the model's {longest} positions"
+            f"max_model_len {max_model_len} is more than the {longest} tokens that the model's "
+            f"positions are made for"
         )
     max_num_seqs = options.max_num_seqs or (64 if on_cpu else 256)
     max_tokens = options.max_num_batched_tokens or max(512 if on_cpu else 2048, max_num_seqs)
@@ -172,10 +173,17 @@ def _engine_config(model: Model, options: EngineOptions, device: jax.Device) -> 
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_tokens,
-        enable_prefix_caching=options.enable_prefix_caching,
+        enable_prefix_caching=options.enable_prefix_caching
+        and not _keys_vary(model, max_model_len),
         policy=options.scheduling_policy,
         seed=options.seed,
     )
+
+
+def _keys_vary(model: Model, max_model_len: int) -> bool:
+    """Whether the keys of a prefix depend on the prompt that it begins, so cannot be shared."""
+    config = model.config
+    return config.rope.rope_type == "dynamic" and max_model_len > config.max_position_embeddings
 
 
 def _load(checkpoint: _Checkpoint, model: Model, device: jax.Device) -> dict[str, Any]:

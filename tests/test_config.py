@@ -99,3 +99,19 @@ def test_engine_config_refuses(changes: dict[str, Any], message: str) -> None:
 def test_width_of_a_block_table(max_model_len: int, blocks: int) -> None:
     config = dataclasses.replace(ENGINE, max_model_len=max_model_len)
     assert config.max_blocks_per_seq == blocks
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        (RopeConfig(), 2048),
+        (RopeConfig("linear", factor=4.0), 8192),
+        (RopeConfig("dynamic", factor=2.0), 4096),
+        (RopeConfig("llama3", factor=8.0, original_max_position_embeddings=512), 2048),
+        (RopeConfig("yarn", factor=4.0, original_max_position_embeddings=2048), 8192),
+        (RopeConfig("yarn", factor=4.0, original_max_position_embeddings=512), 2048),
+    ],
+)
+def test_the_longest_context_follows_the_rotation(rope: RopeConfig, expected: int) -> None:
+    config = ModelConfig("LlamaForCausalLM", 9, 8, 8, 1, 2, 1, 4, 2048, 1e-5, rope)
+    assert config.max_context_len == expected
