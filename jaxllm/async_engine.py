@@ -1,0 +1,377 @@
+"""The engine for asyncio: requests come and go at any time, each an async iterator of outputs.
+
+The engine runs on a thread of its own (engine_thread.py). Here is the event loop's side.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import uuid
+import weakref
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from jaxllm.engine.engine import EngineStats, Request
+from jaxllm.engine_options import EngineOptions
+from jaxllm.engine_thread import (
+    AbortRequest,
+    AddRequest,
+    EngineDeadError,
+    EngineStopped,
+    EngineThread,
+    FromEngine,
+    GetStats,
+    Outputs,
+    RequestRefused,
+    Stats,
+)
+from jaxllm.outputs import CompletionOutput, RequestOutput
+from jaxllm.prompts import (
+    Message,
+    Prompt,
+    TokenizedPrompt,
+    params_of_kind,
+    tokenize_chat,
+    tokenize_prompt,
+)
+from jaxllm.sampling_params import RequestOutputKind, SamplingParams
+from jaxllm.startup import RunningEngine, start_engine
+from jaxllm.text.tokenizer import Tokenizer
+
+__all__ = ["AsyncEngine", "EngineDeadError", "EngineStats", "merge_deltas"]
+
+
+class _Stream:
+    """What the engine sent of one request and its consumer has not read: never more than one
+    output, however slow the consumer is."""
+
+    def __init__(self, request_id: str, engine_id: str, delta: bool) -> None:
+        self.request_id = request_id
+        self.engine_id = engine_id
+        self.was_aborted = False
+        self._delta = delta
+        self._ready = asyncio.Event()
+        self._output: RequestOutput | None = None
+        self._error: Exception | None = None
+
+    def put(self, output: RequestOutput) -> None:
+        output.request_id = self.request_id
+        if self._output is not None and self._delta:
+            output = merge_deltas(self._output, output)
+        self._output = output
+        self._ready.set()
+
+    def fail(self, error: Exception) -> None:
+        self._error = error
+        self._ready.set()
+
+    async def get(self) -> RequestOutput:
+        """The next output; what came before an error is read before it is raised."""
+        await self._ready.wait()
+        output, self._output = self._output, None
+        if output is None:
+            assert self._error is not None
+            raise self._error
+        if self._error is None:
+            self._ready.clear()
+        return output
+
+
+def merge_deltas(earlier: RequestOutput, later: RequestOutput) -> RequestOutput:
+    """Two outputs of kind DELTA as if they had been sent as one."""
+    outputs = {output.index: output for output in earlier.outputs}
+    for output in later.outputs:
+        before = outputs.get(output.index)
+        outputs[output.index] = output if before is None else _merge(before, output)
+    return replace(
+        later,
+        outputs=[outputs[index] for index in sorted(outputs)],
+        prompt_logprobs=(
+            later.prompt_logprobs if earlier.prompt_logprobs is None else earlier.prompt_logprobs
+        ),
+    )
+
+
+def _merge(earlier: CompletionOutput, later: CompletionOutput) -> CompletionOutput:
+    logprobs = later.logprobs
+    if earlier.logprobs is not None and later.logprobs is not None:
+        logprobs = earlier.logprobs + later.logprobs
+    return replace(
+        later,
+        text=earlier.text + later.text,
+        token_ids=earlier.token_ids + later.token_ids,
+        logprobs=logprobs,
+    )
+
+
+class _Mailbox:
+    """The event loop's side: hands what the engine sent to those who wait for it. All but `post`
+    is called on the loop's thread."""
+
+    def __init__(self) -> None:
+        self.stopped: EngineStopped | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._streams: dict[str, _Stream] = {}  # by engine_id
+        self._engine_ids: dict[str, str] = {}  # of live request ids
+        self._stats: dict[int, asyncio.Future[EngineStats]] = {}
+        self._counter = itertools.count()
+
+    def post(self, messages: Sequence[FromEngine]) -> bool:
+        """From the engine's thread: one wake-up of the loop for all messages of a step."""
+        if isinstance(messages[-1], EngineStopped):
+            self.stopped = messages[-1]  # before the loop is read: see attach()
+        loop = self._loop
+        if loop is None:
+            return True
+        try:
+            loop.call_soon_threadsafe(self._receive, messages)
+        except RuntimeError:  # the loop is closed, and all who waited are gone
+            return False
+        return True
+
+    def attach(self) -> None:
+        """Before anything waits: the loop is the running one, and the engine lives."""
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            if self._loop is not None and not self._loop.is_closed() and self._streams:
+                raise RuntimeError("this AsyncEngine has live requests in another event loop")
+            self._streams.clear()
+            self._engine_ids.clear()
+            self._stats.clear()
+            self._loop = loop
+        if self.stopped is not None:
+            raise self.stopped.error()
+
+    def open(self, request_id: str, delta: bool) -> _Stream:
+        """The engine gets an id of its own, never used again: what it may still send of an aborted
+        request does not reach the next one of the same name."""
+        if request_id in self._engine_ids:
+            raise ValueError(f"request id {request_id!r} is in use by a live request")
+        stream = _Stream(request_id, f"{request_id}#{next(self._counter)}", delta)
+        self._engine_ids[request_id] = stream.engine_id
+        self._streams[stream.engine_id] = stream
+        return stream
+
+    def find(self, request_id: str) -> _Stream | None:
+        engine_id = self._engine_ids.get(request_id)
+        return None if engine_id is None else self._streams[engine_id]
+
+    def close(self, stream: _Stream) -> None:
+        """May be called again."""
+        if self._streams.pop(stream.engine_id, None) is not None:
+            del self._engine_ids[stream.request_id]
+
+    def expect_stats(self) -> tuple[int, asyncio.Future[EngineStats]]:
+        ticket = next(self._counter)
+        self._stats[ticket] = asyncio.get_running_loop().create_future()
+        return ticket, self._stats[ticket]
+
+    def _receive(self, messages: Sequence[FromEngine]) -> None:
+        for message in messages:
+            if isinstance(message, Outputs):
+                for output in message.outputs:
+                    stream = self._streams.get(output.request_id)
+                    if stream is not None:  # else its consumer has left
+                        stream.put(output)
+            elif isinstance(message, RequestRefused):
+                refused = self._streams.get(message.request_id)
+                if refused is not None:
+                    refused.fail(message.error)
+            elif isinstance(message, Stats):
+                future = self._stats.pop(message.ticket, None)
+                if future is not None and not future.done():
+                    future.set_result(message.stats)
+            else:
+                self._fail_all(message)
+
+    def _fail_all(self, stopped: EngineStopped) -> None:
+        for stream in self._streams.values():
+            stream.fail(stopped.error())
+        for future in self._stats.values():
+            if not future.done():
+                future.set_exception(stopped.error())
+        self._stats.clear()
+
+
+class AsyncEngine:
+    """A model served to one event loop.
+
+        async with AsyncEngine("smollm2-135m-instruct", max_model_len=2048) as engine:
+            async for output in engine.generate("The capital of France is"):
+                print(output.outputs[0].text)
+
+    Takes what LLM takes, and like it returns when the model is loaded: in a loop that serves others
+    already, make it with ``asyncio.to_thread``. Once it has died or was closed, everything raises
+    EngineDeadError.
+    """
+
+    def __init__(self, model: str, **options: Any) -> None:
+        self._start(start_engine(str(model), EngineOptions(**options)))
+
+    @classmethod
+    def from_running(cls, running: RunningEngine) -> AsyncEngine:
+        """Takes over an engine; nobody else may use it from now on, and close() closes it."""
+        engine = cls.__new__(cls)
+        engine._start(running)
+        return engine
+
+    def _start(self, running: RunningEngine) -> None:
+        self.running = running
+        self._mailbox = _Mailbox()
+        self._thread = EngineThread(running.engine, self._mailbox.post, running.close)
+        # also when it is forgotten, or the program ends
+        self._stop = weakref.finalize(self, self._thread.stop)
+
+    async def __aenter__(self) -> AsyncEngine:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.to_thread(self.close)
+
+    def close(self) -> None:
+        """Ends all requests with EngineDeadError, waits for the step under way, and frees the
+        device's memory. May be called again, from any thread."""
+        self._stop()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether requests are taken."""
+        return self._thread.is_alive and self._mailbox.stopped is None
+
+    @property
+    def errored(self) -> bool:
+        """Whether the engine has died of an error."""
+        stopped = self._mailbox.stopped
+        return stopped is not None and stopped.failure is not None
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self.running.tokenizer
+
+    def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Outputs to one prompt as they come, of the kind that sampling_params.output_kind says.
+        Outputs that the consumer has not read are merged. Leaving the iterator (aclose,
+        cancellation, or when it is collected) aborts the request.
+
+        Raises, at the first item, ValueError for what cannot be served and QueueFullError if not
+        now.
+        """
+
+        def tokenize() -> TokenizedPrompt:
+            return tokenize_prompt(prompt, self.running.tokenizer)
+
+        return self._run(tokenize, sampling_params, request_id, priority, cache_salt)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Like `generate`, for a conversation, through the chat template."""
+
+        def tokenize() -> TokenizedPrompt:
+            return tokenize_chat(
+                list(messages),  # type: ignore[arg-type]  # render_chat checks them
+                self.running.tokenizer,
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                **(chat_template_kwargs or {}),
+            )
+
+        return self._run(tokenize, sampling_params, request_id, priority, cache_salt)
+
+    async def abort(self, request_id: str) -> None:
+        """Ends a request: its iterator gets a last output with the finish reason "abort". An
+        unknown or finished request is passed over."""
+        stream = self._mailbox.find(request_id)
+        if stream is not None:
+            stream.was_aborted = True
+            self._thread.send(AbortRequest(stream.engine_id))
+
+    async def stats(self) -> EngineStats:
+        """The engine's counters, taken between two steps."""
+        self._mailbox.attach()
+        ticket, future = self._mailbox.expect_stats()
+        self._thread.send(GetStats(ticket))
+        return await future
+
+    async def _run(
+        self,
+        tokenize: Callable[[], TokenizedPrompt],
+        params: SamplingParams | None,
+        request_id: str | None,
+        priority: int,
+        cache_salt: str | None,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        params = self._checked_params(params, priority)
+        if request_id is None:
+            request_id = uuid.uuid4().hex
+        elif not isinstance(request_id, str) or not request_id:
+            raise ValueError(f"request_id must be a non-empty string, got {request_id!r}")
+        self._mailbox.attach()
+        stream = self._mailbox.open(request_id, params.output_kind is RequestOutputKind.DELTA)
+        finished = False
+        try:
+            prompt = await asyncio.to_thread(tokenize)  # a long prompt would hold up the loop
+            self._add(stream, prompt, params, priority, cache_salt)
+            while not finished:
+                output = await stream.get()
+                finished = output.finished
+                if finished:  # some consumers never come back after the last output
+                    self._mailbox.close(stream)
+                yield output
+        finally:
+            self._mailbox.close(stream)
+            if not finished:
+                self._thread.send(AbortRequest(stream.engine_id))
+
+    def _checked_params(self, params: SamplingParams | None, priority: int) -> SamplingParams:
+        if priority != 0 and self.running.engine.config.policy != "priority":
+            raise ValueError(
+                f"priority {priority!r} has no effect; start the engine with "
+                f"scheduling_policy='priority'"
+            )
+        is_given = isinstance(params, SamplingParams)
+        kind = params.output_kind if is_given else RequestOutputKind.CUMULATIVE  # type: ignore[union-attr]
+        return params_of_kind(params, self.running.default_sampling, kind)
+
+    def _add(
+        self,
+        stream: _Stream,
+        prompt: TokenizedPrompt,
+        params: SamplingParams,
+        priority: int,
+        cache_salt: str | None,
+    ) -> None:
+        request = Request(
+            stream.engine_id,
+            prompt.token_ids,
+            params,
+            prompt=prompt.text,
+            priority=priority,
+            cache_salt=cache_salt,
+        )
+        self._thread.send(AddRequest(request))
+        if stream.was_aborted:  # while it was tokenized
+            self._thread.send(AbortRequest(stream.engine_id))
