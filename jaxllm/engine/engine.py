@@ -109,7 +109,9 @@ class Engine:
     def add_request(self, request: Request) -> None:
         """Queues a request. Raises ValueError if it can never be served, QueueFullError if not
         now."""
-        prompt_token_ids = request.check(self.vocab_size, self.config.max_model_len)
+        prompt_token_ids = request.check(
+            self.vocab_size, self.config.max_model_len, self.eos_token_ids
+        )
         if request.request_id in self._requests:
             raise ValueError(f"request id {request.request_id!r} is in use by a live request")
         if request.params.stop and self.tokenizer is None:

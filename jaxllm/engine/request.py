@@ -42,7 +42,9 @@ class Request:
     cache_salt: str | None = None
     arrival_time: float = field(default_factory=time.monotonic)
 
-    def check(self, vocab_size: int, max_model_len: int) -> list[int]:
+    def check(
+        self, vocab_size: int, max_model_len: int, eos_token_ids: AbstractSequence[int] = ()
+    ) -> list[int]:
         """The prompt as a list of ints. Raises ValueError with what is wrong."""
         if not isinstance(self.request_id, str) or not self.request_id:
             raise ValueError(f"request_id must be a non-empty string, got {self.request_id!r}")
@@ -61,7 +63,20 @@ class Request:
                 f"max_model_len is {max_model_len}; shorten the prompt or raise max_model_len"
             )
         self.params.check_vocabulary(vocab_size)
+        self._check_some_token_can_come(eos_token_ids)
         return token_ids
+
+    def _check_some_token_can_come(self, eos_token_ids: AbstractSequence[int]) -> None:
+        """Before min_tokens no stop token may be generated, and something has to be."""
+        params = self.params
+        if params.allowed_token_ids is None or not params.min_tokens:
+            return
+        stops = {*(() if params.ignore_eos else eos_token_ids), *(params.stop_token_ids or ())}
+        if not {*params.allowed_token_ids} - {*(params.banned_token_ids or ())} - stops:
+            raise ValueError(
+                f"allowed_token_ids holds only stop tokens, and min_tokens is {params.min_tokens}; "
+                f"allow another token or set min_tokens to 0"
+            )
 
 
 def _check_token_ids(token_ids: AbstractSequence[int], vocab_size: int) -> list[int]:

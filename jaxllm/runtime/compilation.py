@@ -17,6 +17,7 @@ from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -221,10 +222,13 @@ def _machine() -> tuple[str, ...]:
     cpu = ""
     if devices[0].platform == "cpu":  # a program may use any instruction that this CPU has
         info = Path("/proc/cpuinfo")
-        flags = (
+        features = (
             [line for line in info.read_text().splitlines() if line.startswith("flags")][:1]
             if info.is_file()
             else [platform.processor()]
         )
-        cpu = f"{platform.machine()} {os.cpu_count()} {flags}"
-    return jax.__version__, jaxlib.__version__, kind, cpu, os.environ.get("XLA_FLAGS", "")
+        cpu = f"{platform.machine()} {os.cpu_count()} {features}"
+    versions = (jax.__version__, jaxlib.__version__, version("flax"))
+    flags = tuple(os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"))
+    precision = (str(jax.config.jax_enable_x64), str(jax.config.jax_default_matmul_precision))
+    return (*versions, kind, cpu, *flags, *precision)

@@ -462,6 +462,16 @@ def test_bad_requests_are_refused_with_what_is_wrong(request_, message):
     assert run(engine)[-1].outputs[0].text == "ab"
 
 
+def test_a_request_that_no_token_could_begin_is_refused():
+    engine = make_engine()
+    with pytest.raises(ValueError, match="allowed_token_ids holds only stop tokens"):
+        engine.add_request(
+            make_request(allowed_token_ids=[EOS, 5], stop_token_ids=[5], min_tokens=1)
+        )
+    assert not engine.has_unfinished_requests()
+    engine.add_request(make_request(allowed_token_ids=[EOS, 5], min_tokens=1))
+
+
 def test_stop_strings_need_a_tokenizer():
     with pytest.raises(ValueError, match="stop strings need a tokenizer"):
         make_engine(tokenizer=None).add_request(make_request(stop="x"))
