@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from jaxllm.config import ModelConfig
-from jaxllm.loading.hub import find_model
 
 TINY: dict[str, Any] = {
     "vocab_size": 96,
@@ -102,11 +101,3 @@ def _layer(config: ModelConfig, leaf: Callable[..., Any]) -> dict[str, Any]:
         "attention": attention,
         "mlp": mlp,
     }
-
-
-@pytest.fixture(scope="session")
-def smollm2_path() -> Path:
-    """The real model's GGUF file; fetched once into the user's cache folder."""
-    path = find_model("smollm2-135m-instruct").gguf
-    assert path is not None
-    return path

