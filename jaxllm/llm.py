@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxllm.engine.engine import Request
@@ -13,7 +13,6 @@ from jaxllm.prompts import (
     Message,
     Prompt,
     TokenizedPrompt,
-    is_chat,
     is_single_prompt,
     params_of_kind,
     tokenize_chat,
@@ -42,6 +41,7 @@ class LLM:
         self.engine = self._running.engine
         self._ids = itertools.count()
         self._inboxes: dict[str, deque[RequestOutput]] = {}
+        self._closed = False
 
     def __enter__(self) -> LLM:
         return self
@@ -51,6 +51,7 @@ class LLM:
 
     def close(self) -> None:
         """Frees the device's memory. The model cannot be used after it."""
+        self._closed = True
         self._running.close()
 
     def get_tokenizer(self) -> Tokenizer:
@@ -94,7 +95,8 @@ class LLM:
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answers to one conversation or to a list of them, through the chat template."""
-        conversations = [messages] if is_chat(messages) else list(messages)
+        is_one = bool(messages) and isinstance(messages[0], Mapping)
+        conversations = [messages] if is_one else list(messages)
         tokenized = [
             tokenize_chat(
                 [dict(message) for message in conversation],  # type: ignore[arg-type]
@@ -112,13 +114,18 @@ class LLM:
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
     ) -> Iterator[CompletionOutput]:
-        """Pieces of the answers to one prompt as they come: each holds what is new. Leaving the
-        loop early ends the request."""
+        """Pieces of the answers to one prompt as they come: each holds what is new. The request
+        begins with the first piece; leaving the loop early ends it. Raises ValueError at once if
+        it cannot be served."""
         tokenized = tokenize_prompt(prompt, self._running.tokenizer)
         params = self._params(sampling_params, RequestOutputKind.DELTA)
-        return self._stream(self._add(tokenized, params, 0))
+        request = self._request(tokenized, params, 0)
+        engine = self.engine
+        request.check(engine.vocab_size, engine.config.max_model_len, engine.eos_token_ids)
+        return self._stream(request)
 
-    def _stream(self, request_id: str) -> Iterator[CompletionOutput]:
+    def _stream(self, request: Request) -> Iterator[CompletionOutput]:
+        request_id = self._add(request)
         try:
             finished = False
             while not finished:
@@ -141,7 +148,8 @@ class LLM:
         request_ids: list[str] = []
         try:
             for i, (prompt, params) in enumerate(zip(prompts, per_prompt, strict=True)):
-                request_ids.append(self._add(prompt, params, priority[i] if priority else 0))
+                request = self._request(prompt, params, priority[i] if priority else 0)
+                request_ids.append(self._add(request))
             return self._collect(request_ids, use_tqdm)
         finally:
             self._forget(request_ids)
@@ -167,13 +175,16 @@ class LLM:
     def _params(self, params: SamplingParams | None, kind: RequestOutputKind) -> SamplingParams:
         return params_of_kind(params, self._running.default_sampling, kind)
 
-    def _add(self, prompt: TokenizedPrompt, params: SamplingParams, priority: int) -> str:
+    def _request(self, prompt: TokenizedPrompt, params: SamplingParams, priority: int) -> Request:
         request_id = str(next(self._ids))
-        self.engine.add_request(
-            Request(request_id, prompt.token_ids, params, prompt=prompt.text, priority=priority)
-        )
-        self._inboxes[request_id] = deque()
-        return request_id
+        return Request(request_id, prompt.token_ids, params, prompt=prompt.text, priority=priority)
+
+    def _add(self, request: Request) -> str:
+        if self._closed:
+            raise RuntimeError("this LLM was closed; make another one")
+        self.engine.add_request(request)
+        self._inboxes[request.request_id] = deque()
+        return request.request_id
 
     def _next_output(self, request_id: str, bar: Any = None) -> RequestOutput:
         """Steps the engine until this request has an output; others' outputs wait in theirs."""

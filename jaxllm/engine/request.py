@@ -63,16 +63,24 @@ class Request:
                 f"max_model_len is {max_model_len}; shorten the prompt or raise max_model_len"
             )
         self.params.check_vocabulary(vocab_size)
-        self._check_some_token_can_come(eos_token_ids)
+        self._check_some_token_can_come(vocab_size, eos_token_ids)
         return token_ids
 
-    def _check_some_token_can_come(self, eos_token_ids: AbstractSequence[int]) -> None:
+    def _check_some_token_can_come(
+        self, vocab_size: int, eos_token_ids: AbstractSequence[int]
+    ) -> None:
         """Before min_tokens no stop token may be generated, and something has to be."""
         params = self.params
-        if params.allowed_token_ids is None or not params.min_tokens:
-            return
-        stops = {*(() if params.ignore_eos else eos_token_ids), *(params.stop_token_ids or ())}
-        if not {*params.allowed_token_ids} - {*(params.banned_token_ids or ())} - stops:
+        excluded = {*(params.banned_token_ids or ())}
+        if params.min_tokens:
+            excluded.update(() if params.ignore_eos else eos_token_ids, params.stop_token_ids or ())
+        if params.allowed_token_ids is None:
+            if len(excluded) == vocab_size:
+                raise ValueError(
+                    f"banned tokens (and before min_tokens stop tokens) are the whole vocabulary "
+                    f"of {vocab_size}; leave some to be generated"
+                )
+        elif excluded.issuperset(params.allowed_token_ids):
             raise ValueError(
                 f"allowed_token_ids holds only stop tokens, and min_tokens is {params.min_tokens}; "
                 f"allow another token or set min_tokens to 0"
