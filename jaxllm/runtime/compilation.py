@@ -230,5 +230,6 @@ def _machine() -> tuple[str, ...]:
         cpu = f"{platform.machine()} {os.cpu_count()} {features}"
     versions = (jax.__version__, jaxlib.__version__, version("flax"))
     flags = tuple(os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"))
-    precision = (str(jax.config.jax_enable_x64), str(jax.config.jax_default_matmul_precision))
+    settings = ("jax_enable_x64", "jax_default_matmul_precision")
+    precision = [str(getattr(jax.config, name)) for name in settings]
     return (*versions, kind, cpu, *flags, *precision)
