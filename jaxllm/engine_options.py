@@ -15,8 +15,9 @@ class EngineOptions:
     max_num_seqs: most sequences of a step; None: 64 on CPU, else 256.
     max_num_batched_tokens: token budget of a step; None: 512 on CPU, else 2048.
     kv_cache_memory_bytes: size of the block pool; None: what memory allows (see runtime/memory.py).
-    forbid_compile: once all buckets are compiled, a compilation during a step is an error.
-    wait_for_compile: start only when every bucket is compiled, not when the first few are.
+    compilation: "background" (start with the first few buckets; the others follow after the first
+        step), "ahead" (start when all are compiled) or "on_demand" (only what is used).
+    forbid_compile: compile all ahead; from then on a compilation during a step is an error.
     attention: implementation of attention; None: the best of the platform.
     layer_loop: "auto" ("switch" on CPU, else "scan"), "switch" or "scan".
     cache_dir: folder for fetched models and compiled programs; None: the user's cache folder.
@@ -35,8 +36,8 @@ class EngineOptions:
     scheduling_policy: str = "fcfs"
     max_num_waiting: int | None = None
     seed: int = 0
+    compilation: str = "background"
     forbid_compile: bool = False
-    wait_for_compile: bool = False
     attention: str | None = None
     layer_loop: str = "auto"
     cache_dir: str | Path | None = None
@@ -47,6 +48,7 @@ class EngineOptions:
             ("dtype", ("auto", "bfloat16", "float32")),
             ("layer_loop", ("auto", "switch", "scan")),
             ("scheduling_policy", ("fcfs", "priority")),
+            ("compilation", ("background", "ahead", "on_demand")),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(

@@ -102,15 +102,24 @@ def start_engine(model_name: str, options: EngineOptions) -> RunningEngine:
 
     programs = ProgramCache.open(cache_dir / "programs") if options.program_cache else None
     compiler = Compiler(
-        programs, num_threads=os.cpu_count() or 1, forbid_late=options.forbid_compile
+        programs,
+        num_threads=max(1, (os.cpu_count() or 1) // 2),  # LLVM uses several cores for one program
+        forbid_late=options.forbid_compile,
     )
     try:
         step_options = StepOptions(attention=options.attention)
-        runner = ModelRunner(model, config, compiler, device=device, options=step_options)
+        runner = ModelRunner(
+            model,
+            config,
+            compiler,
+            device=device,
+            options=step_options,
+            on_demand=options.compilation == "on_demand",
+        )
         tokenizer = checkpoint.tokenizer(options.tokenizer)
         runner.set_parameters(_load(checkpoint, model, device))
         loaded = time.monotonic()
-        if options.wait_for_compile or options.forbid_compile:
+        if options.compilation == "ahead" or options.forbid_compile:
             runner.wait_until_compiled()
     except BaseException:
         compiler.close()
@@ -204,7 +213,7 @@ def _memory_plan(model: Model, config: EngineConfig, runner: ModelRunner) -> Mem
     process = 0
     if runner.device.platform == "cpu":
         process = max(0, memory.process_bytes() - parameters - pool - state)
-        if not runner.all_compiled():
+        if runner.compiles():
             process += memory.COMPILER_BYTES
     return MemoryPlan(parameters, pool, state, runner.temporaries(), process)
 

@@ -50,7 +50,7 @@ ENGINE_HELP = {
     "max_num_waiting": "most sequences that wait in the engine's queue",
     "seed": "of what is drawn for requests without a seed",
     "forbid_compile": "a compilation after warm-up is an error",
-    "wait_for_compile": "start only when all programs are compiled",
+    "compilation": "background, ahead (before the start) or on_demand",
     "attention": "implementation of attention; default: the platform's best",
     "layer_loop": "auto, switch or scan",
     "cache_dir": "folder of fetched models and compiled programs (or set JAXLLM_CACHE)",

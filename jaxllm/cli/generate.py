@@ -128,9 +128,11 @@ def _answer(
     from jaxllm.startup import start_engine
 
     num_seqs = sum(job.num_seqs for job in jobs)
-    defaults = {}
-    if num_seqs <= SMALL_BATCH:
-        defaults["max_num_seqs"] = 1 if num_seqs == 1 else SMALL_BATCH
+    defaults: dict[str, Any] = {}
+    if num_seqs == 1:  # most programs would be compiled for nothing
+        defaults = {"max_num_seqs": 1, "compilation": "on_demand"}
+    elif num_seqs <= SMALL_BATCH:
+        defaults = {"max_num_seqs": SMALL_BATCH}
     assert settings.model is not None
     running = start_engine(settings.model, settings.engine_options(**defaults))
     try:

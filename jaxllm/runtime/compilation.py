@@ -89,7 +89,8 @@ class ProgramCache:
 
 
 class Compiler:
-    """Compiles programs on background threads and hands them out by name.
+    """Compiles programs on background threads and hands them out by name. A held program waits
+    until it is asked for or all are released.
 
     forbid_late: once `wait()` has returned, a compilation inside `guard()` raises LateCompileError.
     """
@@ -101,6 +102,7 @@ class Compiler:
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="compile")
         self._forbid_late = forbid_late
         self._futures: dict[Hashable, Future[jax.stages.Compiled]] = {}
+        self._held: dict[Hashable, tuple[Any, ...]] = {}  # the arguments of _build
         self._tracing = threading.Lock()  # tracing holds the GIL: two at once are slower than one
         self._sealed = False
         self._closed = False
@@ -112,35 +114,46 @@ class Compiler:
 
     def submit(
         self, name: Hashable, function: Callable[..., Any], abstract_args: tuple[Any, ...],
-        out_tree: Any, *, donate: int | None, key: tuple[Any, ...],
+        out_tree: Any, *, donate: int | None, key: tuple[Any, ...], held: bool = False,
     ) -> None:  # fmt: skip
-        """Queues a program. key: everything beside the source code and the machine that decides
-        what it is. out_tree: the structure of its result."""
-        self._futures[name] = self._pool.submit(
-            self._build, name, function, abstract_args, out_tree, donate, key
-        )
+        """Queues or holds a program. key: everything beside the source code and the machine that
+        decides what it is. out_tree: the structure of its result."""
+        self._held[name] = (name, function, abstract_args, out_tree, donate, key)
+        if not held:
+            self._queue(name)
+
+    def release(self) -> None:
+        """Queues the held programs, in the order of their submission."""
+        for name in list(self._held):
+            self._queue(name)
 
     def get(self, name: Hashable) -> jax.stages.Compiled:
         """The program, waited for if need be. Raises what its compilation raised."""
+        if name in self._held:
+            self._queue(name)
         return self._futures[name].result()
 
     def is_ready(self, name: Hashable) -> bool:
         """Whether `get` would return at once."""
-        future = self._futures[name]
-        return future.done() and not future.cancelled() and future.exception() is None
+        future = self._futures.get(name)
+        return bool(future and future.done() and not future.cancelled() and not future.exception())
 
     @property
     def num_programs(self) -> int:
         """Programs submitted so far."""
-        return len(self._futures)
+        return len(self._futures) + len(self._held)
 
     @property
     def num_ready(self) -> int:
         """How many of them are ready."""
         return sum(self.is_ready(name) for name in self._futures)
 
+    def _queue(self, name: Hashable) -> None:
+        self._futures[name] = self._pool.submit(self._build, *self._held.pop(name))
+
     def wait(self) -> None:
         """Waits until every program is ready, then forbids late compilation if that was asked."""
+        self.release()
         for future in list(self._futures.values()):
             future.result()
         self._sealed = self._forbid_late

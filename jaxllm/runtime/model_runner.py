@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +15,7 @@ import numpy as np
 
 from jaxllm.config import EngineConfig
 from jaxllm.engine.batch import BatchPacker, Bucket, PackedLayout, table_row
-from jaxllm.engine.sequence import Batch, LogprobRows, Sequence, StepResult
+from jaxllm.engine.sequence import Batch, LogprobRows, RunnerFigures, Sequence, StepResult
 from jaxllm.models.decoder import Model, Parameters
 from jaxllm.runtime import kv_cache, memory
 from jaxllm.runtime.buckets import MIN_ROWS, fitting, plan_buckets
@@ -26,6 +28,7 @@ logger = logging.getLogger(__name__)
 ALLOCATE = "allocate state"
 WRITE_ROW = "write sampling table row"
 FIRST_PROMPT_TOKENS = 128  # the mixed bucket that is compiled first
+NUM_FIRST_BUCKETS = 2  # that one, and the smallest for decoding
 
 
 @dataclass
@@ -36,6 +39,7 @@ class RunnerStats:
     num_tokens: int = 0
     num_padded_tokens: int = 0
     steps_by_bucket: Counter[Bucket] = field(default_factory=Counter)
+    compile_wait_seconds: float = 0.0  # of steps that needed a program that was not ready
 
     @property
     def padding_share(self) -> float:
@@ -69,6 +73,8 @@ class ModelRunner:
 
     Compilation begins at construction, in the background; `set_parameters` may come later, so that
     weights are read meanwhile. A step waits only for a program that it cannot do without.
+    compile_wait_since: the start of such a wait while it lasts; compile_wait_end: of the last one.
+    Both may be read from any thread.
     """
 
     def __init__(
@@ -79,14 +85,18 @@ class ModelRunner:
         *,
         device: jax.Device,
         options: StepOptions | None = None,
+        on_demand: bool = False,
     ) -> None:
         self.model = model
         self.config = config
         self.device = device
         self.stats = RunnerStats()
         self.buckets = plan_buckets(config.max_num_seqs, config.max_num_batched_tokens)
+        self.compile_wait_since: float | None = None
+        self.compile_wait_end = 0.0
         self._compiler = compiler
         self._options = options or StepOptions()
+        self._on_demand = on_demand
         self._layouts = {b: PackedLayout(b, config.max_blocks_per_seq) for b in self.buckets}
         self._packer = BatchPacker(config.max_num_seqs, config.max_blocks_per_seq)
         self._params: Parameters | None = None
@@ -116,9 +126,11 @@ class ModelRunner:
         self._compiler.close()
         self._params = self._state = None
 
-    def all_compiled(self) -> bool:
-        """Whether every program is ready."""
-        return self._compiler.num_ready == self._compiler.num_programs
+    def compiles(self) -> bool:
+        """Whether programs are still to be compiled, as far as one can tell: where the first ones
+        came from the cache, so will the others."""
+        all_ready = self._compiler.num_ready == self._compiler.num_programs
+        return not all_ready and self._compiler.num_compiled > 0
 
     def temporaries(self) -> int:
         """Bytes that a step needs beside its arguments: the largest by the compiler's figures, or
@@ -161,17 +173,18 @@ class ModelRunner:
         submit = self._compiler.submit
         submit(ALLOCATE, allocate, (), state_tree, donate=None, key=(*key, state))
         out_tree = jax.tree.structure((state, _outputs_tree()))
-        for bucket in self._order:
+        for number, bucket in enumerate(self._order):
             layout = self._layouts[bucket]
             packed = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
             step = make_step(self.model, layout, self._options)
-            submit(bucket, step, (params, state, packed), out_tree, donate=1, key=key)
+            held = number >= NUM_FIRST_BUCKETS
+            submit(bucket, step, (params, state, packed), out_tree, donate=1, key=key, held=held)
         row = (
             jax.ShapeDtypeStruct((), jnp.int32),
             jax.ShapeDtypeStruct(state.token_info.shape[1:], jnp.int32),
             jax.ShapeDtypeStruct(state.logit_bias.shape[1:], jnp.float32),
         )
-        submit(WRITE_ROW, write_table_row, (state, *row), state_tree, donate=0, key=key)
+        submit(WRITE_ROW, write_table_row, (state, *row), state_tree, donate=0, key=key, held=True)
 
     def _compilation_order(self) -> list[Bucket]:
         """First what the first request needs, then the bucket that can run anything."""
@@ -180,8 +193,9 @@ class ModelRunner:
 
         def rank(bucket: Bucket) -> tuple[Any, ...]:
             small = bucket.num_seqs == MIN_ROWS
-            first = small and (bucket.decode_only or bucket.num_tokens == first_tokens)
-            return not first, bucket != largest, not bucket.decode_only, bucket.num_tokens
+            if small and (bucket.decode_only or bucket.num_tokens == first_tokens):
+                return 0, bucket.decode_only
+            return 1, bucket != largest, bucket.num_tokens, bucket.decode_only
 
         return sorted(self.buckets, key=rank)
 
@@ -199,9 +213,11 @@ class ModelRunner:
                 self._write_table_row(sequence)
             bucket = self._choose(batch)
             packed = self._packer.pack(batch, self._layouts[bucket])
-            step = self._compiler.get(bucket)
+            step = self._program(bucket)
             self._state, outputs = step(self._params, self._state, packed)
             outputs.tokens.copy_to_host_async()
+        if not self._on_demand:
+            self._compiler.release()
         self._count(batch, bucket)
         return DeviceStep(batch, outputs)
 
@@ -215,8 +231,34 @@ class ModelRunner:
 
     def _write_table_row(self, sequence: Sequence) -> None:
         info, bias = table_row(sequence, self.model.config.vocab_size)
-        write = self._compiler.get(WRITE_ROW)
+        write = self._program(WRITE_ROW)
         self._state = write(self._state, np.int32(sequence.slot), info, bias)
+
+    def _program(self, name: Hashable) -> jax.stages.Compiled:
+        """A program for a step, which may have to wait for it."""
+        if self._compiler.is_ready(name):
+            return self._compiler.get(name)
+        self.compile_wait_since = started = time.monotonic()
+        try:
+            return self._compiler.get(name)
+        finally:
+            self.compile_wait_end = time.monotonic()
+            self.compile_wait_since = None
+            self.stats.compile_wait_seconds += self.compile_wait_end - started
+
+    def figures(self) -> RunnerFigures:
+        """What the runner and its compiler have counted."""
+        stats, compiler = self.stats, self._compiler
+        return RunnerFigures(
+            num_tokens=stats.num_tokens,
+            num_padded_tokens=stats.num_padded_tokens,
+            num_programs=compiler.num_programs,
+            num_ready_programs=compiler.num_ready,
+            num_compiled=compiler.num_compiled,
+            num_loaded=compiler.num_loaded,
+            compile_seconds=compiler.compile_seconds,
+            compile_wait_seconds=stats.compile_wait_seconds,
+        )
 
     def _count(self, batch: Batch, bucket: Bucket) -> None:
         self.stats.num_steps += 1

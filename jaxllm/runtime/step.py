@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxllm.engine.batch import FLOAT_FIELDS, ON_DEVICE, ROW_FIELDS, PackedLayout
 from jaxllm.models.decoder import Model, Parameters
 from jaxllm.runtime import sampler
+from jaxllm.runtime.pooling import pool_hidden
 from jaxllm.runtime.sampler import Logprobs, SamplingInputs
 from pallas_kernels.ragged_paged_attention.api import ragged_paged_attention
 from pallas_kernels.ragged_paged_attention.layout import TokenRows, token_rows
@@ -27,12 +28,15 @@ class State(NamedTuple):
     last_tokens: jax.Array  # [num_slots] int32, what each slot's sequence sampled last
     token_info: jax.Array  # [num_slots, V] int32, see batch.table_row
     logit_bias: jax.Array  # [num_slots, V] float32
+    hidden_sums: jax.Array  # [num_slots, E] float32, see pooling.pool_hidden
 
 
 class StepOutputs(NamedTuple):
     """What the host may fetch of a step."""
 
     tokens: jax.Array  # [S] int32
+    ok: jax.Array  # [S] bool, False: its logits are not finite, and its token means nothing
+    pooled: jax.Array  # [S, E] float32
     logprobs: Logprobs  # of S rows
     prompt_logprobs: Logprobs  # of T rows
 
@@ -74,12 +78,16 @@ def make_step(
             lambda: sampler.raw_logprobs(logits, tokens),
             lambda: sampler.no_logprobs(tokens.shape[0]),
         )
+        pooled, hidden_sums = pool_hidden(hidden, rows, batch, state.hidden_sums)
         outputs = StepOutputs(
             tokens,
+            jnp.all(jnp.isfinite(logits), axis=-1),
+            pooled,
             logprobs,
             _prompt_logprobs(model, params, hidden, token_ids, rows, batch, layout),
         )
-        return _next_state(state, kv_pool, batch, tokens), outputs
+        state = state._replace(kv_pool=kv_pool, hidden_sums=hidden_sums)
+        return _next_state(state, batch, tokens), outputs
 
     return step
 
@@ -130,18 +138,15 @@ def _attend(
     return attend
 
 
-def _next_state(
-    state: State, kv_pool: jax.Array, batch: dict[str, jax.Array], tokens: jax.Array
-) -> State:
+def _next_state(state: State, batch: dict[str, jax.Array], tokens: jax.Array) -> State:
+    """The state with the sampled tokens taken in."""
     samples = batch["samples"] > 0
     num_slots = state.last_tokens.shape[0]
     written = jnp.where(samples, batch["slots"], num_slots)  # out of range: dropped
     counted = samples & (batch["uses_table"] > 0)
-    return State(
-        kv_pool,
-        state.last_tokens.at[written].set(tokens, mode="drop"),
-        sampler.count_tokens(state.token_info, batch["slots"], tokens, counted),
-        state.logit_bias,
+    return state._replace(
+        last_tokens=state.last_tokens.at[written].set(tokens, mode="drop"),
+        token_info=sampler.count_tokens(state.token_info, batch["slots"], tokens, counted),
     )
 
 

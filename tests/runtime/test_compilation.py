@@ -329,3 +329,29 @@ def test_close_drops_what_is_queued_and_waits_for_what_runs() -> None:
     with pytest.raises(CancelledError):
         compiler.get("add")
     compiler.close()  # again does no harm
+
+
+def test_a_held_program_waits_until_it_is_wanted() -> None:
+    compiler = Compiler(None, num_threads=1)
+    started: list[str] = []
+
+    def program(name: str) -> Any:
+        def function(x: jax.Array) -> jax.Array:
+            started.append(name)  # while tracing
+            return x + 1
+
+        return function
+
+    vector = (jax.ShapeDtypeStruct((4,), jnp.float32),)
+    for name in ("first", "second", "third", "fourth"):
+        tree, held = jax.tree.structure(0), name != "first"
+        compiler.submit(name, program(name), vector, tree, donate=None, key=(), held=held)
+    assert compiler.get("first")(np.ones(4, np.float32)).tolist() == [2] * 4
+    assert started == ["first"]
+    assert not compiler.is_ready("third")
+    compiler.get("third")
+    assert (compiler.num_ready, compiler.num_programs) == (2, 4)
+    compiler.release()
+    compiler.wait()
+    assert started == ["first", "third", "second", "fourth"]
+    compiler.close()
