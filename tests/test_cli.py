@@ -458,3 +458,23 @@ def test_the_real_model_from_the_shell(smollm2_path: Path) -> None:
     assert child.returncode == 0
     assert "memory" in err
     assert "ready in" in err
+
+
+def test_ctrl_c_is_not_lost_in_a_callback_of_the_collector() -> None:
+    program = """
+import signal, time
+from jaxllm.cli import command
+command._repeat_lost_interrupts()
+class Unlucky:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+try:
+    Unlucky()
+    time.sleep(5)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    child = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert (child.stdout, child.stderr) == ("interrupted\n", "")

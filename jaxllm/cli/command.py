@@ -5,11 +5,13 @@ Exit codes: 0, 1 failure, 2 wrong usage or input, 130 Ctrl-C, 141 the reader of 
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import logging
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,11 +38,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     process's own and ends the process."""
     if sys.stdout is None:  # closed by whoever started us
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if argv is None:
+        _repeat_lost_interrupts()
     code = _run(sys.argv[1:] if argv is None else argv, ends_process=argv is None)
     if argv is None:
         # Not sys.exit: it would wait until programs that nobody needs any more are compiled.
         os._exit(code)
     return code
+
+
+def _repeat_lost_interrupts() -> None:
+    """Ctrl-C in a callback of the garbage collector (jax has one) is printed and then forgotten by
+    the interpreter."""
+    default = sys.unraisablehook
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            threading.Timer(0.05, _thread.interrupt_main).start()  # after the callback
+        else:
+            default(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _run(argv: Sequence[str], ends_process: bool) -> int:
