@@ -1,0 +1,105 @@
+"""Errors in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from aiohttp import web
+
+from jaxllm.async_engine import EngineDeadError
+from jaxllm.engine.engine import QueueFullError
+
+logger = logging.getLogger(__name__)
+
+RETRY_AFTER = {"Retry-After": "1"}
+TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    503: "service_unavailable_error",
+}
+CODES = {
+    401: "invalid_api_key",
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "request_too_large",
+    415: "unsupported_media_type",
+    429: "queue_full",
+    503: "unavailable",
+}
+
+
+class ApiError(Exception):
+    """What a client is told. The message is shown as it is: no path, address or stack in it.
+    param: the request's field that is wrong."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str | None = None,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        default = "invalid_request_error" if status < 500 else "server_error"
+        self.type = type or TYPES.get(status, default)
+        self.param = param
+        self.code = code or CODES.get(status)
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """The JSON object that is sent."""
+        return {
+            "error": {
+                "message": self.message, "type": self.type, "param": self.param, "code": self.code,
+            }
+        }  # fmt: skip
+
+
+def error_response(error: ApiError) -> web.Response:
+    """The HTTP response of an error."""
+    return web.Response(
+        status=error.status,
+        text=json.dumps(error.body()),
+        content_type="application/json",
+        headers=error.headers,
+    )
+
+
+def to_api_error(error: Exception) -> ApiError:
+    """What a client is told of any exception. An unexpected one is logged, and nothing of it is
+    told."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, web.HTTPException):
+        return _of_aiohttp(error)
+    if isinstance(error, QueueFullError):
+        return ApiError(429, "too many requests are waiting; try again", headers=RETRY_AFTER)
+    if isinstance(error, EngineDeadError):
+        return ApiError(503, "the engine does not run", headers=RETRY_AFTER)
+    if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
+        return ApiError(400, str(error))
+    logger.error("a request failed", exc_info=error)
+    return ApiError(500, "internal error")
+
+
+def _of_aiohttp(error: web.HTTPException) -> ApiError:
+    """aiohttp's own: no route, wrong method, a body that is too large."""
+    messages = {
+        404: "there is no such route",
+        405: "this route does not take that method",
+        413: "the request's body is too large",
+    }
+    allow = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
+    message = messages.get(error.status) or HTTPStatus(error.status).phrase.lower()
+    return ApiError(error.status, message, headers=allow)
