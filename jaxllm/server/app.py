@@ -16,14 +16,14 @@ from aiohttp import hdrs, web
 
 from jaxllm.async_engine import AsyncEngine
 from jaxllm.server import models, page
-from jaxllm.server.context import CONTEXT, ServerContext, new_request_id
+from jaxllm.server.context import CONTEXT, REQUEST_ID, ServerContext, new_request_id
 from jaxllm.server.errors import ApiError, error_response, to_api_error
 from jaxllm.server.options import ServerOptions
 
 logger = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-REQUEST_ID = "X-Request-Id"
+REQUEST_ID_HEADER = "X-Request-Id"
 CLIENT_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 OPEN_ROUTES = ("/health", "/ready", *page.ROUTES)  # without a key
 
@@ -92,7 +92,7 @@ async def _engine_of(
 @web.middleware
 async def _observe(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Gives the request its id and logs its end."""
-    request["id"] = new_request_id()
+    request[REQUEST_ID] = new_request_id()
     started = time.monotonic()
     status = 499  # the client has left
     try:
@@ -103,7 +103,7 @@ async def _observe(request: web.Request, handler: Handler) -> web.StreamResponse
         seconds = time.monotonic() - started
         logger.info(
             "%s %s %d %.3f s %s", request.method, route_name(request), status, seconds,
-            request["id"],
+            request[REQUEST_ID],
         )  # fmt: skip
 
 
@@ -116,13 +116,11 @@ def route_name(request: web.Request) -> str:
 @web.middleware
 async def _answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
-        client_id = request.headers.get(REQUEST_ID)
-        if client_id is not None:
-            if not CLIENT_ID.fullmatch(client_id):
-                raise ApiError(
-                    400, f"{REQUEST_ID} must be 1 to 128 letters, digits, or any of . _ : -"
-                )
-            request["client_id"] = client_id
+        client_id = request.headers.get(REQUEST_ID_HEADER)
+        if client_id is not None and not CLIENT_ID.fullmatch(client_id):
+            raise ApiError(
+                400, f"{REQUEST_ID_HEADER} must be 1 to 128 letters, digits, or any of . _ : -"
+            )
         return await handler(request)
     except ConnectionError:  # the client has left
         raise
@@ -159,11 +157,15 @@ def _allowed_origin(request: web.Request) -> str | None:
 
 
 async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
-    response.headers[REQUEST_ID] = request.get("client_id") or request.get("id", "")
+    """Of every response, streams included."""
+    client_id = request.headers.get(REQUEST_ID_HEADER, "")
+    is_valid = CLIENT_ID.fullmatch(client_id)
+    response.headers[REQUEST_ID_HEADER] = client_id if is_valid else request[REQUEST_ID]
+    response.headers[hdrs.SERVER] = "jaxllm"
     origin = _allowed_origin(request)
     if origin is not None:
         response.headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = origin
-        response.headers[hdrs.ACCESS_CONTROL_EXPOSE_HEADERS] = REQUEST_ID
+        response.headers[hdrs.ACCESS_CONTROL_EXPOSE_HEADERS] = REQUEST_ID_HEADER
         response.headers[hdrs.VARY] = hdrs.ORIGIN
 
 

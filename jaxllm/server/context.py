@@ -97,6 +97,7 @@ class ServerContext:
 
 
 CONTEXT = web.AppKey("CONTEXT", ServerContext)
+REQUEST_ID = web.RequestKey("REQUEST_ID", str)  # the server's own
 
 
 def new_request_id() -> str:

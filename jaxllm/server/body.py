@@ -1,0 +1,122 @@
+"""A request's JSON body: read within limits, checked against a model, its errors named."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn, TypeVar
+
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from jaxllm.server.context import CONTEXT
+from jaxllm.server.errors import ApiError
+
+Body = TypeVar("Body", bound=BaseModel)
+# Strings, also one that does not end, and brackets. No backtracking: each character once.
+_TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*+"?|[\[{]|[\]}]', re.DOTALL)
+
+
+class StrictModel(BaseModel):
+    """Unknown fields are errors, and "1" is no number."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+
+async def read_body(request: web.Request, model: type[Body]) -> Body:
+    """The request's body as a model. Raises ApiError: 400, 413, 415."""
+    content = await read_json(request)
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        raise _of_validation(error, content) from None
+
+
+async def read_json(request: web.Request) -> dict[str, Any]:
+    """The JSON object in the request's body."""
+    options = request.app[CONTEXT].options
+    if request.content_type != "application/json":  # also keeps other origins' forms out
+        raise ApiError(415, "the body must be JSON, with Content-Type: application/json")
+    raw = await _read(request)
+    if nesting(raw) > options.max_json_depth:
+        raise ApiError(400, f"the JSON is nested more than {options.max_json_depth} levels deep")
+    try:
+        content = json.loads(raw, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
+        raise ApiError(400, "the body is not valid JSON", code="invalid_json") from None
+    if not isinstance(content, dict):
+        raise ApiError(400, "the body must be a JSON object", code="invalid_json")
+    return content
+
+
+async def _read(request: web.Request) -> bytes:
+    """The whole body. Raises ApiError if it is too large or comes too slowly."""
+    options = request.app[CONTEXT].options
+    raw = bytearray()
+    try:
+        async with asyncio.timeout(options.body_timeout):
+            async for chunk in request.content.iter_any():
+                raw += chunk
+                if len(raw) > options.max_body_bytes:
+                    raise ApiError(
+                        413, f"the request's body is larger than {options.max_body_bytes} bytes"
+                    )
+    except TimeoutError:
+        raise ApiError(408, "the request's body did not come in time") from None
+    except (web.RequestPayloadError, HttpProcessingError):
+        raise ApiError(400, "the request's body is malformed or incomplete") from None
+    return bytes(raw)
+
+
+def nesting(raw: bytes) -> int:
+    """How deep brackets outside of strings are nested, without parsing."""
+    depth = deepest = 0
+    for match in _TOKENS.finditer(raw):
+        first = raw[match.start()]
+        if first in b"[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif first in b"]}":
+            depth -= 1
+    return deepest
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _of_validation(error: ValidationError, content: Any) -> ApiError:
+    """The first of pydantic's errors, its place as a client wrote it."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    param = _place(first["loc"], content, missing=first["type"] == "missing")
+    if first["type"] == "extra_forbidden":
+        message = f"unknown field {param[:100]!r}"
+    elif first["type"] == "missing":
+        message = f"{param} is missing"
+    elif first["type"] in ("value_error", "assertion_error"):
+        message = first["msg"].removeprefix("Value error, ")
+        message = f"{param}: {message}" if param else message
+    else:
+        message = f"{param}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+    return ApiError(400, message, param=param[:100] or None)
+
+
+def _place(loc: Sequence[int | str], content: Any, missing: bool) -> str:
+    """messages.0.content. Parts of loc that name a variant of a union are left out."""
+    parts = []
+    for i, part in enumerate(loc):
+        if _has(content, part):
+            content = content[part]
+        elif not (missing and i == len(loc) - 1):
+            continue
+        parts.append(str(part))
+    return ".".join(parts)
+
+
+def _has(content: Any, part: int | str) -> bool:
+    if isinstance(content, list):
+        return isinstance(part, int) and part < len(content)
+    return isinstance(content, dict) and part in content

@@ -1,0 +1,136 @@
+"""The sampling fields that the APIs share, and what becomes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields as dataclass_fields
+from typing import Any
+
+from pydantic import AfterValidator, Field
+
+from jaxllm.sampling_params import RequestOutputKind, SamplingParams
+from jaxllm.server.body import StrictModel
+from jaxllm.server.context import ServerContext
+from jaxllm.server.errors import ApiError
+from jaxllm.server.options import ServerOptions
+
+PARAM_NAMES = frozenset(field.name for field in dataclass_fields(SamplingParams))
+
+
+def only(*allowed: Any) -> AfterValidator:
+    """For a field that is not supported: takes null and values that ask for nothing."""
+
+    def check(value: Any) -> Any:
+        if value is None or any(value == one and type(value) is type(one) for one in allowed):
+            return value
+        neutral = f", or {allowed[0]!r}" if allowed else ""
+        raise ValueError(f"is not supported; leave it out{neutral}")
+
+    return AfterValidator(check)
+
+
+class SamplingFields(StrictModel):
+    """Sampling, as vLLM's users know it. Null is the same as absent."""
+
+    n: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = None
+    skip_special_tokens: bool | None = None
+    logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    banned_token_ids: list[int] | None = None
+    prompt_logprobs: int | None = None
+
+
+class RequestFields(SamplingFields):
+    """What else every request for text may say. user, metadata and the like are labels, which
+    change nothing."""
+
+    model: str | None = None
+    stream: bool | None = None
+    priority: int | None = None
+    cache_salt: str | None = Field(None, min_length=1, max_length=256)
+    timeout: float | None = Field(None, gt=0, lt=1e9, allow_inf_nan=False)
+    user: str | None = Field(None, max_length=512)
+
+
+def sampling_params(
+    fields: SamplingFields,
+    context: ServerContext,
+    *,
+    max_tokens: int | None,
+    output_kind: RequestOutputKind,
+    num_prompts: int = 1,
+    **other: Any,
+) -> SamplingParams:
+    """Defaults of the model's makers, then the request's values. max_tokens: None for what is left
+    of the context. other: further SamplingParams, such as logprobs. Raises ApiError, naming the
+    field."""
+    engine = context.ready_engine()
+    given = fields.model_dump(include=set(SamplingFields.model_fields), exclude_none=True)
+    _check_limits(given, context.options)
+    values = {**engine.running.default_sampling, **given, **other}
+    values |= {"max_tokens": max_tokens, "output_kind": output_kind}
+    try:
+        params = SamplingParams(**values)
+    except ValueError as error:
+        raise with_param(error) from None
+    _check_size(params, engine.running.engine.config.max_model_len, num_prompts, context.options)
+    return params
+
+
+def with_param(error: ValueError) -> ApiError:
+    """A 400. Messages of SamplingParams begin with the field's name."""
+    name = str(error).replace("[", " ", 1).partition(" ")[0]
+    return ApiError(400, str(error), param=name if name in PARAM_NAMES else None)
+
+
+def _check_limits(given: Mapping[str, Any], options: ServerOptions) -> None:
+    stops = given.get("stop") or []
+    stops = [stops] if isinstance(stops, str) else stops
+    _at_most(options.max_stop_strings, stops, "stop")
+    for text in stops:
+        if len(text) > options.max_stop_chars:
+            raise ApiError(
+                400, f"stop: a text may have {options.max_stop_chars} characters", param="stop"
+            )
+    _at_most(options.max_logit_bias, given.get("logit_bias", ()), "logit_bias")
+    _at_most(options.max_logit_bias, given.get("stop_token_ids", ()), "stop_token_ids")
+
+
+def _at_most(limit: int, values: Sequence[Any] | Mapping[str, Any], name: str) -> None:
+    if len(values) > limit:
+        raise ApiError(400, f"{name} may have {limit} entries, got {len(values)}", param=name)
+
+
+def _check_size(
+    params: SamplingParams, max_model_len: int, num_prompts: int, options: ServerOptions
+) -> None:
+    """What one request may ask for, all its answers together."""
+    num_answers = params.n * num_prompts
+    if num_answers > options.max_completions:
+        raise ApiError(
+            400,
+            f"{num_prompts} prompts with n = {params.n} are {num_answers} answers; the limit is "
+            f"{options.max_completions}",
+            param="n",
+        )
+    max_tokens = min(params.max_tokens or max_model_len, max_model_len)
+    if num_answers * max_tokens > options.max_total_tokens:
+        raise ApiError(
+            400,
+            f"{num_answers} answers of {max_tokens} tokens are more than the "
+            f"{options.max_total_tokens} tokens that a request may ask for; lower max_tokens or n",
+            param="max_tokens",
+        )
