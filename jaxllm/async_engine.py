@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 import uuid
 import weakref
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from jaxllm.engine.engine import EngineStats, Request
+from jaxllm.engine.engine import EngineSnapshot, EngineStats, Request
 from jaxllm.engine_options import EngineOptions
 from jaxllm.engine_thread import (
     AbortRequest,
@@ -22,9 +23,11 @@ from jaxllm.engine_thread import (
     EngineStopped,
     EngineThread,
     FromEngine,
+    GetSnapshot,
     GetStats,
     Outputs,
     RequestRefused,
+    Snapshot,
     Stats,
 )
 from jaxllm.outputs import CompletionOutput, RequestOutput
@@ -40,7 +43,26 @@ from jaxllm.sampling_params import RequestOutputKind, SamplingParams
 from jaxllm.startup import RunningEngine, start_engine
 from jaxllm.text.tokenizer import Tokenizer
 
-__all__ = ["AsyncEngine", "EngineDeadError", "EngineStats", "merge_deltas"]
+__all__ = [
+    "AsyncEngine",
+    "EngineDeadError",
+    "EngineSnapshot",
+    "EngineStats",
+    "Heartbeat",
+    "merge_deltas",
+]
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """How long the engine has been at what it does; both None while it has nothing to do.
+
+    busy_seconds: since the step under way began, waits for a compilation left out.
+    compile_wait_seconds: since it began to wait for a compilation, while it does.
+    """
+
+    busy_seconds: float | None
+    compile_wait_seconds: float | None
 
 
 class _Stream:
@@ -115,7 +137,7 @@ class _Mailbox:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._streams: dict[str, _Stream] = {}  # by engine_id
         self._engine_ids: dict[str, str] = {}  # of live request ids
-        self._stats: dict[int, asyncio.Future[EngineStats]] = {}
+        self._answers: dict[int, asyncio.Future[Any]] = {}  # by ticket
         self._counter = itertools.count()
 
     def post(self, messages: Sequence[FromEngine]) -> bool:
@@ -139,7 +161,7 @@ class _Mailbox:
                 raise RuntimeError("this AsyncEngine has live requests in another event loop")
             self._streams.clear()
             self._engine_ids.clear()
-            self._stats.clear()
+            self._answers.clear()
             self._loop = loop
         if self.stopped is not None:
             raise self.stopped.error()
@@ -163,10 +185,16 @@ class _Mailbox:
         if self._streams.pop(stream.engine_id, None) is not None:
             del self._engine_ids[stream.request_id]
 
-    def expect_stats(self) -> tuple[int, asyncio.Future[EngineStats]]:
+    def expect_answer(self) -> tuple[int, asyncio.Future[Any]]:
+        """A ticket for a question to the engine, and the future of its answer."""
         ticket = next(self._counter)
-        self._stats[ticket] = asyncio.get_running_loop().create_future()
-        return ticket, self._stats[ticket]
+        self._answers[ticket] = asyncio.get_running_loop().create_future()
+        return ticket, self._answers[ticket]
+
+    def _answer(self, ticket: int, answer: EngineStats | EngineSnapshot) -> None:
+        future = self._answers.pop(ticket, None)
+        if future is not None and not future.done():
+            future.set_result(answer)
 
     def _receive(self, messages: Sequence[FromEngine]) -> None:
         for message in messages:
@@ -180,19 +208,19 @@ class _Mailbox:
                 if refused is not None:
                     refused.fail(message.error)
             elif isinstance(message, Stats):
-                future = self._stats.pop(message.ticket, None)
-                if future is not None and not future.done():
-                    future.set_result(message.stats)
+                self._answer(message.ticket, message.stats)
+            elif isinstance(message, Snapshot):
+                self._answer(message.ticket, message.snapshot)
             else:
                 self._fail_all(message)
 
     def _fail_all(self, stopped: EngineStopped) -> None:
         for stream in self._streams.values():
             stream.fail(stopped.error())
-        for future in self._stats.values():
+        for future in self._answers.values():
             if not future.done():
                 future.set_exception(stopped.error())
-        self._stats.clear()
+        self._answers.clear()
 
 
 class AsyncEngine:
@@ -312,9 +340,34 @@ class AsyncEngine:
     async def stats(self) -> EngineStats:
         """The engine's counters, taken between two steps."""
         self._mailbox.attach()
-        ticket, future = self._mailbox.expect_stats()
+        ticket, future = self._mailbox.expect_answer()
         self._thread.send(GetStats(ticket))
-        return await future
+        stats: EngineStats = await future
+        return stats
+
+    async def snapshot(self) -> EngineSnapshot:
+        """Who holds which blocks between two steps, by the request ids that callers gave."""
+        self._mailbox.attach()
+        ticket, future = self._mailbox.expect_answer()
+        self._thread.send(GetSnapshot(ticket))
+        snapshot: EngineSnapshot = await future
+        running = (
+            replace(sequence, request_id=sequence.request_id.rpartition("#")[0])
+            for sequence in snapshot.running
+        )
+        return replace(snapshot, running=tuple(running))
+
+    def heartbeat(self) -> Heartbeat:
+        """Read without asking the engine, so that it also tells of a step that hangs."""
+        runner = self.running.runner
+        compile_wait_since = runner.compile_wait_since  # before busy_since: it is the shorter one
+        busy_since = self._thread.busy_since
+        now = time.monotonic()
+        if busy_since is None:
+            return Heartbeat(None, None)
+        if compile_wait_since is not None:
+            return Heartbeat(None, now - compile_wait_since)
+        return Heartbeat(now - max(busy_since, runner.compile_wait_end), None)
 
     async def _run(
         self,

@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from jaxllm.engine.engine import Engine, EngineStats, Request
+from jaxllm.engine.engine import Engine, EngineSnapshot, EngineStats, Request
 from jaxllm.outputs import RequestOutput
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,11 @@ class AbortRequest:
 
 @dataclass(frozen=True)
 class GetStats:
+    ticket: int
+
+
+@dataclass(frozen=True)
+class GetSnapshot:
     ticket: int
 
 
@@ -66,6 +72,12 @@ class Stats:
 
 
 @dataclass(frozen=True)
+class Snapshot:
+    ticket: int
+    snapshot: EngineSnapshot
+
+
+@dataclass(frozen=True)
 class EngineStopped:
     """failure: what went wrong; None if the engine was closed."""
 
@@ -77,14 +89,16 @@ class EngineStopped:
         return EngineDeadError(f"the engine {reason}")
 
 
-ToEngine = AddRequest | AbortRequest | GetStats | Shutdown
-FromEngine = Outputs | RequestRefused | Stats | EngineStopped
+ToEngine = AddRequest | AbortRequest | GetStats | GetSnapshot | Shutdown
+FromEngine = Outputs | RequestRefused | Stats | Snapshot | EngineStopped
 
 
 class EngineThread:
     """Steps the engine while it has requests and sleeps while it has none.
 
     post: delivers messages; False when nobody is left to receive them. close: called at the end.
+    busy_since: when the round under way (messages, then a step) began, on the clock of
+    time.monotonic; None while the thread waits for messages. May be read from any thread.
     """
 
     def __init__(
@@ -99,6 +113,7 @@ class EngineThread:
         self._inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
         self._replies: list[FromEngine] = []
         self._live: set[str] = set()
+        self.busy_since: float | None = None
         self._thread = threading.Thread(target=self._run, name="jaxllm-engine", daemon=True)
         self._thread.start()
 
@@ -132,17 +147,20 @@ class EngineThread:
     def _take_messages(self) -> bool:
         """Waits for a message only if there is nothing to compute. False: the end."""
         wait = not self._engine.has_unfinished_requests()
+        self.busy_since = None if wait else time.monotonic()
         while True:
             try:
                 message = self._inbox.get(block=wait)
             except queue.Empty:
                 return True
-            wait = False
+            if wait:
+                wait = False
+                self.busy_since = time.monotonic()
             if isinstance(message, Shutdown):
                 return False
             self._handle(message)
 
-    def _handle(self, message: AddRequest | AbortRequest | GetStats) -> None:
+    def _handle(self, message: AddRequest | AbortRequest | GetStats | GetSnapshot) -> None:
         if isinstance(message, AddRequest):
             request_id = message.request.request_id
             try:
@@ -152,6 +170,8 @@ class EngineThread:
                 self._replies.append(RequestRefused(request_id, error))
         elif isinstance(message, AbortRequest):
             self._engine.abort(message.request_id)
+        elif isinstance(message, GetSnapshot):
+            self._replies.append(Snapshot(message.ticket, self._engine.snapshot()))
         else:
             self._replies.append(Stats(message.ticket, self._engine.stats()))
 

@@ -77,6 +77,11 @@ class BlockPool:
         return len(self._hash_of_block)
 
     @property
+    def cached_blocks(self) -> tuple[int, ...]:
+        """Blocks whose content can be found, held or free."""
+        return tuple(self._hash_of_block)
+
+    @property
     def usage(self) -> float:
         """Share of the blocks that sequences hold, in [0, 1]."""
         return 1 - len(self._free) / self.num_blocks

@@ -15,6 +15,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from jaxllm.config import EngineConfig
+from jaxllm.engine.histogram import Histogram, HistogramStats
 from jaxllm.engine.request import (
     Detokenizer,
     QueueFullError,
@@ -26,21 +27,28 @@ from jaxllm.engine.scheduler import Scheduler
 from jaxllm.engine.sequence import (
     Batch,
     Runner,
+    RunnerFigures,
     ScheduledSequence,
     Sequence,
     SequenceStatus,
     StepResult,
 )
+from jaxllm.engine.snapshot import EngineSnapshot, take_snapshot
 from jaxllm.outputs import RequestOutput
 
 if TYPE_CHECKING:
     from jaxllm.text.tokenizer import Tokenizer
 
-__all__ = ["Engine", "EngineStats", "QueueFullError", "Request"]
+__all__ = ["Engine", "EngineSnapshot", "EngineStats", "QueueFullError", "Request"]
 
 logger = logging.getLogger(__name__)
 
 NUM_TIMES_KEPT = 1000  # for the medians of stats()
+STEP_SECONDS = (
+    0.001, 0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08,
+    0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0,
+)  # fmt: skip
+STEP_TOKENS = tuple(float(2**i) for i in range(15))
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,8 @@ class EngineStats:
 
     prefix_queries and prefix_hits are tokens. median_host_seconds: from a step's result on the host
     to the next call of the runner; median_dispatch_seconds: that call (packing, copy, dispatch).
-    Both over the last 1,000 steps, None before there are any.
+    Both over the last 1,000 steps, None before there are any. step_seconds: from the call of the
+    runner to the result on the host.
     """
 
     num_running: int
@@ -65,6 +74,9 @@ class EngineStats:
     num_failed_steps: int
     median_host_seconds: float | None
     median_dispatch_seconds: float | None
+    step_seconds: HistogramStats
+    step_tokens: HistogramStats
+    runner: RunnerFigures
 
 
 class Engine:
@@ -105,6 +117,8 @@ class Engine:
         self._result_time: float | None = None  # None after idling, which is not host time
         self._host_seconds: deque[float] = deque(maxlen=NUM_TIMES_KEPT)
         self._dispatch_seconds: deque[float] = deque(maxlen=NUM_TIMES_KEPT)
+        self._step_seconds = Histogram(STEP_SECONDS)
+        self._step_tokens = Histogram(STEP_TOKENS)
 
     def add_request(self, request: Request) -> None:
         """Queues a request. Raises ValueError if it can never be served, QueueFullError if not
@@ -216,6 +230,8 @@ class Engine:
         self._result_time = time.monotonic()
         self._num_steps += 1
         self._num_computed_tokens += batch.num_tokens
+        self._step_seconds.observe(self._result_time - scheduled_time)
+        self._step_tokens.observe(batch.num_tokens)
         return result
 
     def _fail(self, batch: Batch, error: Exception) -> None:
@@ -341,6 +357,10 @@ class Engine:
         pending, self._pending = self._pending, []
         return pending
 
+    def snapshot(self) -> EngineSnapshot:
+        """Who holds which blocks now."""
+        return take_snapshot(self.scheduler, self._num_generation_tokens)
+
     def stats(self) -> EngineStats:
         """The engine's counters; cheap enough for every scrape, not for every step."""
         scheduler, pool = self.scheduler, self.scheduler.pool
@@ -360,4 +380,7 @@ class Engine:
             median_dispatch_seconds=(
                 median(self._dispatch_seconds) if self._dispatch_seconds else None
             ),
+            step_seconds=self._step_seconds.stats(),
+            step_tokens=self._step_tokens.stats(),
+            runner=self.runner.figures(),
         )

@@ -102,6 +102,22 @@ class StepResult:
     prompt_logprobs: LogprobRows | None = None
 
 
+@dataclass(frozen=True)
+class RunnerFigures:
+    """Counts of the device side since the start. Tokens: those asked for; padded tokens: those
+    that the compiled programs computed. Seconds of compilation are summed over its threads; waits
+    are those of steps."""
+
+    num_tokens: int = 0
+    num_padded_tokens: int = 0
+    num_programs: int = 0
+    num_ready_programs: int = 0
+    num_compiled: int = 0
+    num_loaded: int = 0  # of the ready ones, from the program cache
+    compile_seconds: float = 0.0
+    compile_wait_seconds: float = 0.0
+
+
 class StepHandle(Protocol):
     """A step under way on the device."""
 
@@ -117,3 +133,6 @@ class Runner(Protocol):
 
     def reset(self) -> None:
         """Builds the device state anew after a failed step; the pool's content is lost."""
+
+    def figures(self) -> RunnerFigures:
+        """What it has counted."""

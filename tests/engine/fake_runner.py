@@ -11,7 +11,7 @@ from hashlib import blake2b
 import numpy as np
 
 from jaxllm.config import EngineConfig
-from jaxllm.engine.sequence import Batch, LogprobRows, Sequence, StepResult
+from jaxllm.engine.sequence import Batch, LogprobRows, RunnerFigures, Sequence, StepResult
 from jaxllm.sampling_params import MAX_LOGPROBS
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
@@ -87,6 +87,10 @@ class FakeRunner:
     def reset(self) -> None:
         self.num_resets += 1
         self._make_pool()
+
+    def figures(self) -> RunnerFigures:
+        num_tokens = sum(batch.num_tokens for batch in self.batches)
+        return RunnerFigures(num_tokens=num_tokens, num_padded_tokens=2 * num_tokens)
 
     def execute(self, batch: Batch) -> FakeHandle:
         self.batches.append(batch)
