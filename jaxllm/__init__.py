@@ -12,7 +12,16 @@ if TYPE_CHECKING:
     from jaxllm.async_engine import AsyncEngine
     from jaxllm.config import ModelError
     from jaxllm.llm import LLM
-    from jaxllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+    from jaxllm.outputs import (
+        CompletionOutput,
+        EmbeddingOutput,
+        EmbeddingRequestOutput,
+        Logprob,
+        RequestFailedError,
+        RequestMetrics,
+        RequestOutput,
+    )
+    from jaxllm.pooling_params import PoolingParams
     from jaxllm.sampling_params import RequestOutputKind, SamplingParams
 
 __version__ = "0.1.0"
@@ -20,9 +29,13 @@ __version__ = "0.1.0"
 _HOME = {
     "AsyncEngine": "jaxllm.async_engine",
     "CompletionOutput": "jaxllm.outputs",
+    "EmbeddingOutput": "jaxllm.outputs",
+    "EmbeddingRequestOutput": "jaxllm.outputs",
     "LLM": "jaxllm.llm",
     "Logprob": "jaxllm.outputs",
     "ModelError": "jaxllm.config",
+    "PoolingParams": "jaxllm.pooling_params",
+    "RequestFailedError": "jaxllm.outputs",
     "RequestMetrics": "jaxllm.outputs",
     "RequestOutput": "jaxllm.outputs",
     "RequestOutputKind": "jaxllm.sampling_params",
@@ -33,8 +46,12 @@ __all__ = [
     "LLM",
     "AsyncEngine",
     "CompletionOutput",
+    "EmbeddingOutput",
+    "EmbeddingRequestOutput",
     "Logprob",
     "ModelError",
+    "PoolingParams",
+    "RequestFailedError",
     "RequestMetrics",
     "RequestOutput",
     "RequestOutputKind",

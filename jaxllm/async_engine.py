@@ -11,10 +11,12 @@ import time
 import uuid
 import weakref
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxllm.engine.engine import EngineSnapshot, EngineStats, Request
+from jaxllm.engine.request import NO_SAMPLING
 from jaxllm.engine_options import EngineOptions
 from jaxllm.engine_thread import (
     AbortRequest,
@@ -30,11 +32,13 @@ from jaxllm.engine_thread import (
     Snapshot,
     Stats,
 )
-from jaxllm.outputs import CompletionOutput, RequestOutput
+from jaxllm.outputs import CompletionOutput, EmbeddingRequestOutput, RequestOutput
+from jaxllm.pooling_params import PoolingParams
 from jaxllm.prompts import (
     Message,
     Prompt,
     TokenizedPrompt,
+    checked_pooling,
     params_of_kind,
     tokenize_chat,
     tokenize_prompt,
@@ -329,6 +333,30 @@ class AsyncEngine:
 
         return self._run(tokenize, sampling_params, request_id, priority, cache_salt)
 
+    async def embed(
+        self,
+        prompt: Prompt,
+        pooling_params: PoolingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> EmbeddingRequestOutput:
+        """The embedding of one prompt; cancellation aborts it. Raises ValueError for what cannot be
+        served, QueueFullError if not now, RequestFailedError if it was aborted or its step
+        failed."""
+        pooling = checked_pooling(pooling_params, self.running.model_config.hidden_size)
+
+        def tokenize() -> TokenizedPrompt:
+            return tokenize_prompt(prompt, self.running.tokenizer)
+
+        outputs = self._run(tokenize, NO_SAMPLING, request_id, priority, cache_salt, pooling)
+        async with aclosing(outputs):
+            async for output in outputs:
+                if output.finished:
+                    return EmbeddingRequestOutput.from_request_output(output)
+        raise AssertionError("a stream ends with a finished output")
+
     async def abort(self, request_id: str) -> None:
         """Ends a request: its iterator gets a last output with the finish reason "abort". An
         unknown or finished request is passed over."""
@@ -376,6 +404,7 @@ class AsyncEngine:
         request_id: str | None,
         priority: int,
         cache_salt: str | None,
+        pooling: PoolingParams | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         params = self._checked_params(params, priority)
         if request_id is None:
@@ -387,7 +416,7 @@ class AsyncEngine:
         finished = False
         try:
             prompt = await asyncio.to_thread(tokenize)  # a long prompt would hold up the loop
-            self._add(stream, prompt, params, priority, cache_salt)
+            self._add(stream, prompt, params, priority, cache_salt, pooling)
             while not finished:
                 output = await stream.get()
                 finished = output.finished
@@ -416,6 +445,7 @@ class AsyncEngine:
         params: SamplingParams,
         priority: int,
         cache_salt: str | None,
+        pooling: PoolingParams | None,
     ) -> None:
         request = Request(
             stream.engine_id,
@@ -424,6 +454,7 @@ class AsyncEngine:
             prompt=prompt.text,
             priority=priority,
             cache_salt=cache_salt,
+            pooling=pooling,
         )
         self._thread.send(AddRequest(request))
         if stream.was_aborted:  # while it was tokenized

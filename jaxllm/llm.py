@@ -8,11 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxllm.engine.engine import Request
-from jaxllm.outputs import CompletionOutput, RequestOutput
+from jaxllm.engine.request import NO_SAMPLING
+from jaxllm.outputs import CompletionOutput, EmbeddingRequestOutput, RequestOutput
+from jaxllm.pooling_params import PoolingParams
 from jaxllm.prompts import (
     Message,
     Prompt,
     TokenizedPrompt,
+    checked_pooling,
     is_single_prompt,
     params_of_kind,
     tokenize_chat,
@@ -77,10 +80,26 @@ class LLM:
         """Answers in the order of the prompts: text, token ids, or chats. sampling_params: one for
         all, or one each; None takes the model's defaults. Raises ValueError, before anything is
         computed, if one of them cannot be served."""
-        batch = [prompts] if is_single_prompt(prompts) else list(prompts)
-        tokenizer = self._running.tokenizer
-        tokenized = [tokenize_prompt(prompt, tokenizer) for prompt in batch]  # type: ignore[arg-type]
-        return self._run(tokenized, sampling_params, use_tqdm, priority)
+        tokenized = self._tokenize(prompts)
+        per_prompt = self._params_of_each(sampling_params, len(tokenized))
+        return self._run(tokenized, per_prompt, use_tqdm, priority)
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[EmbeddingRequestOutput]:
+        """Embeddings in the order of the prompts, from the hidden states after the model's final
+        norm. pooling_params: one for all, or one each; None: the normalized mean. Raises
+        ValueError, before anything is computed, if one of the prompts cannot be served, and
+        RequestFailedError if a step fails."""
+        tokenized = self._tokenize(prompts)
+        pooling = self._pooling_of_each(pooling_params, len(tokenized))
+        params = [NO_SAMPLING] * len(tokenized)
+        outputs = self._run(tokenized, params, use_tqdm, None, pooling)
+        return [EmbeddingRequestOutput.from_request_output(output) for output in outputs]
 
     def chat(
         self,
@@ -109,7 +128,8 @@ class LLM:
             )
             for conversation in conversations
         ]
-        return self._run(tokenized, sampling_params, use_tqdm, None)
+        per_prompt = self._params_of_each(sampling_params, len(tokenized))
+        return self._run(tokenized, per_prompt, use_tqdm, None)
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
@@ -135,20 +155,30 @@ class LLM:
         finally:
             self._forget([request_id])
 
+    def _tokenize(self, prompts: Prompt | Sequence[Prompt]) -> list[TokenizedPrompt]:
+        batch = [prompts] if is_single_prompt(prompts) else list(prompts)
+        tokenizer = self._running.tokenizer
+        return [tokenize_prompt(prompt, tokenizer) for prompt in batch]  # type: ignore[arg-type]
+
     def _run(
         self,
         prompts: Sequence[TokenizedPrompt],
-        sampling_params: Params,
+        per_prompt: Sequence[SamplingParams],
         use_tqdm: bool,
         priority: Sequence[int] | None,
+        pooling: Sequence[PoolingParams] | None = None,
     ) -> list[RequestOutput]:
-        per_prompt = self._params_of_each(sampling_params, len(prompts))
         if priority is not None and len(priority) != len(prompts):
             raise ValueError(f"{len(priority)} priorities for {len(prompts)} prompts")
         request_ids: list[str] = []
         try:
             for i, (prompt, params) in enumerate(zip(prompts, per_prompt, strict=True)):
-                request = self._request(prompt, params, priority[i] if priority else 0)
+                request = self._request(
+                    prompt,
+                    params,
+                    priority[i] if priority else 0,
+                    pooling[i] if pooling else None,
+                )
                 request_ids.append(self._add(request))
             return self._collect(request_ids, use_tqdm)
         finally:
@@ -172,12 +202,34 @@ class LLM:
             raise ValueError(f"{len(params)} sampling_params for {count} prompts")
         return [self._params(each, kind) for each in params]
 
+    def _pooling_of_each(
+        self, params: PoolingParams | Sequence[PoolingParams] | None, count: int
+    ) -> list[PoolingParams]:
+        hidden_size = self._running.model_config.hidden_size
+        if params is None or isinstance(params, PoolingParams):
+            return [checked_pooling(params, hidden_size)] * count
+        if not isinstance(params, Sequence) or len(params) != count:
+            raise ValueError(f"give one PoolingParams for all, or one for each of {count} prompts")
+        return [checked_pooling(each, hidden_size) for each in params]
+
     def _params(self, params: SamplingParams | None, kind: RequestOutputKind) -> SamplingParams:
         return params_of_kind(params, self._running.default_sampling, kind)
 
-    def _request(self, prompt: TokenizedPrompt, params: SamplingParams, priority: int) -> Request:
-        request_id = str(next(self._ids))
-        return Request(request_id, prompt.token_ids, params, prompt=prompt.text, priority=priority)
+    def _request(
+        self,
+        prompt: TokenizedPrompt,
+        params: SamplingParams,
+        priority: int,
+        pooling: PoolingParams | None = None,
+    ) -> Request:
+        return Request(
+            str(next(self._ids)),
+            prompt.token_ids,
+            params,
+            prompt=prompt.text,
+            priority=priority,
+            pooling=pooling,
+        )
 
     def _add(self, request: Request) -> str:
         if self._closed:

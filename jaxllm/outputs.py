@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,8 @@ class RequestMetrics:
 
 @dataclass
 class RequestOutput:
-    """A request's answers so far. prompt_logprobs[0] is None: nothing precedes the first token."""
+    """A request's answers so far. prompt_logprobs[0] is None: nothing precedes the first token.
+    embedding: of the prompt, [E] or fewer float32; None unless the request embeds and is done."""
 
     request_id: str
     prompt: str | None
@@ -62,3 +67,48 @@ class RequestOutput:
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     metrics: RequestMetrics | None = None
     num_cached_tokens: int = 0
+    embedding: np.ndarray | None = None
+
+
+class RequestFailedError(RuntimeError):
+    """A request whose result is all or nothing ended without it."""
+
+
+@dataclass
+class EmbeddingOutput:
+    """embedding: [E] float32, or fewer numbers if PoolingParams.dimensions says so."""
+
+    embedding: np.ndarray
+
+    @property
+    def hidden_size(self) -> int:
+        return len(self.embedding)
+
+
+@dataclass
+class EmbeddingRequestOutput:
+    """The embedding of one prompt."""
+
+    request_id: str
+    outputs: EmbeddingOutput
+    prompt: str | None
+    prompt_token_ids: list[int]
+    finished: bool = True
+    metrics: RequestMetrics | None = None
+    num_cached_tokens: int = 0
+
+    @classmethod
+    def from_request_output(cls, output: RequestOutput) -> EmbeddingRequestOutput:
+        """Of the final output of a request that embeds. Raises RequestFailedError if it has
+        none."""
+        if output.embedding is None:
+            reason = output.outputs[0].finish_reason
+            raise RequestFailedError(f"the embedding could not be computed, it ended by {reason!r}")
+        return cls(
+            output.request_id,
+            EmbeddingOutput(output.embedding),
+            output.prompt,
+            output.prompt_token_ids,
+            metrics=output.metrics,
+            num_cached_tokens=output.num_cached_tokens,
+        )

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jaxllm.pooling_params import PoolingParams
 from jaxllm.sampling_params import RequestOutputKind, SamplingParams
 from jaxllm.text.chat_template import render_chat
 from jaxllm.text.tokenizer import Tokenizer
@@ -76,6 +77,17 @@ def tokenize_chat(
         raise ValueError("this model has no chat template; give chat_template or use generate")
     text = render_chat(template, messages, special_tokens=tokenizer.special_tokens, **options)
     return TokenizedPrompt(tokenizer.encode(text, add_special_tokens=False), text)
+
+
+def checked_pooling(params: PoolingParams | None, hidden_size: int) -> PoolingParams:
+    """The user's parameters of an embedding, or the defaults. Raises ValueError for what does not
+    fit the model."""
+    if params is None:
+        return PoolingParams()
+    if not isinstance(params, PoolingParams):
+        raise ValueError(f"pooling_params must be PoolingParams, got {type(params).__name__}")
+    params.check_size(hidden_size)
+    return params
 
 
 def params_of_kind(

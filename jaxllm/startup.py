@@ -219,7 +219,7 @@ def _memory_plan(model: Model, config: EngineConfig, runner: ModelRunner) -> Mem
 
 
 def _table_bytes(config: ModelConfig, max_num_seqs: int) -> int:
-    return 8 * config.vocab_size * max_num_seqs
+    return (8 * config.vocab_size + 4 * config.hidden_size) * max_num_seqs
 
 
 def _num_bytes(tree: Any) -> int:

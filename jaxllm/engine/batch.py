@@ -28,6 +28,7 @@ INT_FIELDS = (
     "uses_table",  # 1: its row of the sampling table applies
     "wants_logprobs",
     "wants_prompt_logprobs",
+    "pooling",  # one of POOLING_CODES, 0: the sequence generates
 )
 FLOAT_FIELDS = (
     "temperature",
@@ -38,6 +39,7 @@ FLOAT_FIELDS = (
     "frequency_penalty",
 )
 ROW_FIELDS = INT_FIELDS + FLOAT_FIELDS
+POOLING_CODES = {"mean": 1, "last": 2}
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,8 @@ class BatchPacker:
         fields["uses_table"][slot] = uses_table(sequence)
         fields["wants_logprobs"][slot] = params.logprobs is not None
         fields["wants_prompt_logprobs"][slot] = params.prompt_logprobs is not None
+        pooling = sequence.pooling
+        fields["pooling"][slot] = 0 if pooling is None else POOLING_CODES[pooling.pooling]
         fields["temperature"][slot] = 0.0 if params.greedy else params.temperature
         for name in ("top_k", "min_tokens", *FLOAT_FIELDS[1:]):
             fields[name][slot] = getattr(params, name)

@@ -165,6 +165,7 @@ class Engine:
                 priority=request.priority,
                 arrival_time=request.arrival_time,
                 cache_salt=request.cache_salt,
+                pooling=request.pooling,
             )
             for index in range(request.params.n)
         ]
@@ -271,6 +272,7 @@ class Engine:
             self._take_prompt_logprobs(batch, result)
         touched: list[RequestState] = []
         token_ids = result.token_ids.tolist()  # [number of scheduled sequences]
+        oks = [True] * len(token_ids) if result.ok is None else result.ok.tolist()
         for row, scheduled in enumerate(batch.sequences):
             state = self._states.get(scheduled.sequence.sequence_id)
             if state is None:  # aborted while the step was under way
@@ -278,10 +280,13 @@ class Engine:
             request = state.request
             if request.first_scheduled_time is None:
                 request.first_scheduled_time = self._scheduled_time
-            if not scheduled.samples:
+            if oks[row] and not scheduled.samples:
                 continue
             try:
-                self._take_token(state, row, token_ids[row], result)
+                if not oks[row]:
+                    self.scheduler.forget_content(scheduled.sequence)
+                    raise ArithmeticError("the model's logits are not finite")
+                self._take_result(state, row, token_ids[row], result)
             except Exception as error:
                 self._log_fault(request, error)
                 self._finish(state, "error")
@@ -294,13 +299,20 @@ class Engine:
             self._result_time = None
         return outputs
 
-    def _take_token(
+    def _take_result(
         self, state: SequenceState, row: int, token_id: int, result: StepResult
     ) -> None:
+        """The next token, or the embedding, of a sequence whose known tokens are computed."""
         request = state.request
         if request.first_token_time is None:
             request.first_token_time = time.monotonic()
             self._num_prompt_tokens += len(request.prompt_token_ids)
+        pooling = state.sequence.pooling
+        if pooling is not None:
+            assert result.pooled is not None
+            request.embedding = pooling.finish(result.pooled[row])
+            self._finish(state, "stop")
+            return
         self._num_generation_tokens += 1
         if state.sequence.params.logprobs is not None:
             assert result.logprobs is not None

@@ -18,7 +18,13 @@ from jaxllm.outputs import (
     RequestOutput,
     TokenLogprobs,
 )
+from jaxllm.pooling_params import PoolingParams
 from jaxllm.sampling_params import RequestOutputKind, SamplingParams
+
+# What the step reads of a sequence that embeds. Its token is not used, so it is not drawn either.
+NO_SAMPLING = SamplingParams(
+    temperature=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+)
 
 
 class QueueFullError(RuntimeError):
@@ -31,7 +37,8 @@ class Request:
 
     prompt: the text, only to be handed back. priority: smaller runs earlier, under the priority
     policy. cache_salt: cached blocks are shared only between requests of the same salt.
-    arrival_time: on the clock of ``time.monotonic``.
+    arrival_time: on the clock of ``time.monotonic``. pooling: if given, the request returns the
+    embedding of its prompt and generates nothing; params is NO_SAMPLING then.
     """
 
     request_id: str
@@ -41,6 +48,7 @@ class Request:
     priority: int = 0
     cache_salt: str | None = None
     arrival_time: float = field(default_factory=time.monotonic)
+    pooling: PoolingParams | None = None
 
     def check(
         self, vocab_size: int, max_model_len: int, eos_token_ids: AbstractSequence[int] = ()
@@ -57,6 +65,9 @@ class Request:
         if not isinstance(self.arrival_time, int | float) or not math.isfinite(self.arrival_time):
             raise ValueError(f"arrival_time must be a finite number, got {self.arrival_time!r}")
         token_ids = _check_token_ids(self.prompt_token_ids, vocab_size)
+        if self.pooling is not None:
+            self._check_pooling(len(token_ids), max_model_len)
+            return token_ids
         if len(token_ids) >= max_model_len:
             raise ValueError(
                 f"the prompt has {len(token_ids)} tokens, and at least one is to be generated: "
@@ -65,6 +76,17 @@ class Request:
         self.params.check_vocabulary(vocab_size)
         self._check_some_token_can_come(vocab_size, eos_token_ids)
         return token_ids
+
+    def _check_pooling(self, num_tokens: int, max_model_len: int) -> None:
+        if not isinstance(self.pooling, PoolingParams):
+            raise ValueError(f"pooling must be PoolingParams, got {type(self.pooling).__name__}")
+        if self.params != NO_SAMPLING:
+            raise ValueError("a request that embeds takes no SamplingParams; give NO_SAMPLING")
+        if num_tokens > max_model_len:
+            raise ValueError(
+                f"the prompt has {num_tokens} tokens, max_model_len is {max_model_len}; shorten "
+                f"the prompt or raise max_model_len"
+            )
 
     def _check_some_token_can_come(
         self, vocab_size: int, eos_token_ids: AbstractSequence[int]
@@ -257,6 +279,7 @@ class RequestState:
         self.first_scheduled_time: float | None = None
         self.first_token_time: float | None = None
         self.last_step = -1  # in which it was last given a token
+        self.embedding: np.ndarray | None = None
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         if request.params.prompt_logprobs is not None:
             self.prompt_logprobs = [None]
@@ -292,6 +315,7 @@ class RequestState:
             self._prompt_logprobs_to_send(delta),
             self.metrics(now if finished else None),
             self.sequences[0].sequence.num_cached_tokens,
+            self.embedding,
         )
 
     def _prompt_logprobs_to_send(self, delta: bool) -> list[TokenLogprobs | None] | None:

@@ -38,6 +38,15 @@ def _priority_key(sequence: Sequence) -> Key:
     return (sequence.priority, sequence.arrival_time, sequence.sequence_id)
 
 
+def _reads_whole_prompt(sequence: Sequence) -> bool:
+    """Whether a mean of the hidden states is wanted, or the log-probabilities of the prompt are
+    still to be delivered (by the first of a request's sequences, for all)."""
+    if sequence.pooling is not None:
+        return sequence.pooling.pooling == "mean"
+    wants_logprobs = sequence.params.prompt_logprobs is not None and sequence.index == 0
+    return wants_logprobs and sequence.num_output_tokens == 0
+
+
 class WaitingQueue:
     """Sequences in the order of a key that never changes and is unique. O(log n) an operation:
     removed ones stay in the heap until they reach its top or outnumber the others."""
@@ -122,6 +131,11 @@ class Scheduler:
             self._waiting.discard(sequence)
         sequence.status = SequenceStatus.FINISHED
         sequence.finish_reason = reason
+
+    def forget_content(self, sequence: Sequence) -> None:
+        """What the sequence computed is wrong: none of its blocks may be found any more."""
+        for block in sequence.block_table:
+            self.pool.forget(block)
 
     def restart(self, sequences: Iterable[Sequence]) -> None:
         """After the device lost its state: these unfinished sequences, which must be all, wait to
@@ -247,15 +261,8 @@ class Scheduler:
 
     def _cached_blocks(self, sequence: Sequence) -> list[int]:
         """The blocks of the pool that the sequence can begin with. At least one token is left to
-        compute; all are where the log-probabilities of the prompt are still to be delivered
-        (by the first of a request's sequences, for all)."""
-        if not self.pool.enable_prefix_caching:
-            return []
-        if (
-            sequence.params.prompt_logprobs is not None
-            and sequence.index == 0
-            and sequence.num_output_tokens == 0
-        ):
+        compute; all are where something is wanted of each token of the prompt."""
+        if not self.pool.enable_prefix_caching or _reads_whole_prompt(sequence):
             return []
         block_size = self.config.block_size
         hashes = sequence.block_hashes

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from jaxllm.pooling_params import PoolingParams
 from jaxllm.sampling_params import SamplingParams
 
 
@@ -38,6 +39,7 @@ class Sequence:
     priority: int = 0
     arrival_time: float = 0.0
     cache_salt: str | None = None
+    pooling: PoolingParams | None = None  # given: it ends with its prompt, which it embeds
     status: SequenceStatus = SequenceStatus.WAITING
     slot: int = -1
     block_table: list[int] = field(default_factory=list)
@@ -100,6 +102,8 @@ class StepResult:
     token_ids: np.ndarray  # [number of scheduled sequences] int32
     logprobs: LogprobRows | None = None  # None unless a sequence of the batch asked
     prompt_logprobs: LogprobRows | None = None
+    ok: np.ndarray | None = None  # [number of scheduled sequences] bool: its logits are finite
+    pooled: np.ndarray | None = None  # [number of scheduled sequences, E] float32, if one embeds
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -65,7 +66,11 @@ class DeviceStep:
         has_prompt_rows = self.outputs.prompt_logprobs.logprobs.shape[0] > 0
         if has_prompt_rows and any(p.prompt_logprobs is not None for p in params):
             prompt_logprobs = _fetch(self.outputs.prompt_logprobs, self.batch.num_tokens)
-        return StepResult(tokens, logprobs, prompt_logprobs)
+        ok = np.asarray(self.outputs.ok)[:num_seqs]
+        pooled = None
+        if any(s.sequence.pooling is not None for s in self.batch.sequences):
+            pooled = np.asarray(self.outputs.pooled)[:num_seqs]
+        return StepResult(tokens, logprobs, prompt_logprobs, ok, pooled)
 
 
 class ModelRunner:
@@ -99,8 +104,9 @@ class ModelRunner:
         self._on_demand = on_demand
         self._layouts = {b: PackedLayout(b, config.max_blocks_per_seq) for b in self.buckets}
         self._packer = BatchPacker(config.max_num_seqs, config.max_blocks_per_seq)
-        self._params: Parameters | None = None
+        self._params: tuple[jax.Array, ...] | None = None  # the leaves, see make_step
         self._state: State | None = None
+        self._fitting = lru_cache(maxsize=4096)(partial(fitting, self.buckets))
         self._order = self._compilation_order()
         self._submit_programs()
 
@@ -108,7 +114,7 @@ class ModelRunner:
 
     def set_parameters(self, params: Parameters) -> None:
         """Takes the parameters and allocates the device state."""
-        self._params = params
+        self._params = tuple(jax.tree.leaves(params))
         self.reset()
 
     def wait_until_compiled(self) -> None:
@@ -158,12 +164,14 @@ class ModelRunner:
                 jnp.zeros((num_slots,), jnp.int32),
                 jnp.zeros((num_slots, vocab_size), jnp.int32),
                 jnp.zeros((num_slots, vocab_size), jnp.float32),
+                jnp.zeros((num_slots, self.model.config.hidden_size), jnp.float32),
             )
 
         return jax.eval_shape(build)
 
     def _submit_programs(self) -> None:
-        state, params = self.abstract_state(), self.model.abstract_parameters()
+        state = self.abstract_state()
+        params = tuple(jax.tree.leaves(self.model.abstract_parameters()))
         state_tree = jax.tree.structure(state)
         key = (self.model.config, self.model.layer_loop, str(self.model.dtype), self._options)
 
@@ -216,6 +224,7 @@ class ModelRunner:
             step = self._program(bucket)
             self._state, outputs = step(self._params, self._state, packed)
             outputs.tokens.copy_to_host_async()
+            outputs.ok.copy_to_host_async()
         if not self._on_demand:
             self._compiler.release()
         self._count(batch, bucket)
@@ -224,7 +233,7 @@ class ModelRunner:
     def _choose(self, batch: Batch) -> Bucket:
         """The least padded bucket among those that are compiled, else the one compiled next."""
         num_seqs = len(batch.sequences)
-        fits = fitting(self.buckets, batch.num_tokens, num_seqs, batch.num_decodes == num_seqs)
+        fits = self._fitting(batch.num_tokens, num_seqs, batch.num_decodes == num_seqs)
         assert fits, f"no bucket holds {batch.num_tokens} tokens of {num_seqs} sequences"
         ready = next((b for b in fits if self._compiler.is_ready(b)), None)
         return ready or min(fits, key=self._order.index)
@@ -269,7 +278,7 @@ class ModelRunner:
 
 def _outputs_tree() -> StepOutputs:
     logprobs = Logprobs(0, 0, 0, 0)  # type: ignore[arg-type]
-    return StepOutputs(0, logprobs, logprobs)  # type: ignore[arg-type]
+    return StepOutputs(0, 0, 0, logprobs, logprobs)  # type: ignore[arg-type]
 
 
 def _fetch(rows: Logprobs, num_rows: int) -> LogprobRows:

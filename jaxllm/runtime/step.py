@@ -49,10 +49,19 @@ class StepOptions(NamedTuple):
 
 def make_step(
     model: Model, layout: PackedLayout, options: StepOptions
-) -> Callable[[Parameters, State, jax.Array], tuple[State, StepOutputs]]:
-    """step(params, state, packed) -> (state, outputs) for one bucket."""
+) -> Callable[[tuple[jax.Array, ...], State, jax.Array], tuple[State, StepOutputs]]:
+    """step(leaves, state, packed) -> (state, outputs) for one bucket.
 
-    def step(params: Parameters, state: State, packed: jax.Array) -> tuple[State, StepOutputs]:
+    leaves: those of the parameters' tree, in its order. A call touches each node of its arguments,
+    and between two steps none of them is in the processor's cache: a nested dict of 270 leaves
+    costs half a millisecond more than a tuple of them.
+    """
+    tree = jax.tree.structure(model.abstract_parameters())
+
+    def step(
+        leaves: tuple[jax.Array, ...], state: State, packed: jax.Array
+    ) -> tuple[State, StepOutputs]:
+        params = jax.tree.unflatten(tree, leaves)
         batch = unpack(packed, layout)
         num_tokens = layout.bucket.num_tokens
         rows = token_rows(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
+from dataclasses import replace
 from hashlib import blake2b
 
 import numpy as np
@@ -63,7 +64,8 @@ class FakeHandle:
 
 class FakeRunner:
     """next_token: what a sequence samples. on_batch: called with each batch; what it raises is
-    raised by execute(). result_error: asked after each batch for what result() shall raise."""
+    raised by execute(). result_error: asked after each batch for what result() shall raise. is_ok:
+    whether a sequence's logits are finite. A token's hidden state is its id and its position."""
 
     def __init__(
         self,
@@ -71,11 +73,13 @@ class FakeRunner:
         next_token: Callable[[Sequence], int] = hashed_token,
         on_batch: Callable[[Batch], None] = lambda batch: None,
         result_error: Callable[[], BaseException | None] = lambda: None,
+        is_ok: Callable[[Sequence], bool] = lambda sequence: True,
     ):
         self.config = config
         self.next_token = next_token
         self.on_batch = on_batch
         self.result_error = result_error
+        self.is_ok = is_ok
         self.batches: list[Batch] = []
         self.num_resets = 0
         self._make_pool()
@@ -83,6 +87,7 @@ class FakeRunner:
     def _make_pool(self) -> None:
         num_cells = self.config.num_blocks * self.config.block_size
         self._pool = np.full((num_cells, 3), -1, np.int64)  # token, position, salt
+        self._hidden_sums = np.full((self.config.max_num_seqs, 2), np.nan)
 
     def reset(self) -> None:
         self.num_resets += 1
@@ -97,7 +102,7 @@ class FakeRunner:
         self._check_batch(batch)
         self.on_batch(batch)
         written: set[int] = set()
-        token_ids, following = [], []
+        token_ids, following, pooled = [], [], []
         for scheduled in batch.sequences:
             sequence, start = scheduled.sequence, scheduled.start
             end = start + scheduled.num_tokens
@@ -110,8 +115,22 @@ class FakeRunner:
             self._pool[cells[start:]] = expected[start:]
             np.testing.assert_array_equal(self._pool[cells], expected)
             token_ids.append(self.next_token(sequence) if scheduled.samples else -7)
+            pooled.append(self._pooled(sequence, start, expected[start:, :2]))
             following += [*sequence.token_ids[start + 1 : end + 1], 0][: scheduled.num_tokens]
-        return FakeHandle(self._result(batch, token_ids, following), self.result_error())
+        result = replace(
+            self._result(batch, token_ids, following),
+            ok=np.array([self.is_ok(s.sequence) for s in batch.sequences]),
+            pooled=np.array(pooled, np.float32),
+        )
+        return FakeHandle(result, self.result_error())
+
+    def _pooled(self, sequence: Sequence, start: int, hidden: np.ndarray) -> np.ndarray:
+        """[2]: of the last token, or the mean of all so far; only the slot's sums are at hand."""
+        if sequence.pooling is None or sequence.pooling.pooling == "last":
+            return hidden[-1]
+        before = self._hidden_sums[sequence.slot] if start else 0
+        self._hidden_sums[sequence.slot] = before + hidden.sum(axis=0)
+        return self._hidden_sums[sequence.slot] / sequence.num_prompt_tokens
 
     def _cells(self, sequence: Sequence, end: int) -> np.ndarray:
         positions = np.arange(end)
