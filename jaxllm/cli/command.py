@@ -5,7 +5,6 @@ Exit codes: 0, 1 failure, 2 wrong usage or input, 130 Ctrl-C, 141 the reader of 
 
 from __future__ import annotations
 
-import _thread
 import argparse
 import logging
 import os
@@ -54,7 +53,9 @@ def _repeat_lost_interrupts() -> None:
 
     def hook(unraisable: sys.UnraisableHookArgs) -> None:
         if issubclass(unraisable.exc_type, KeyboardInterrupt):
-            threading.Timer(0.05, _thread.interrupt_main).start()  # after the callback
+            main_thread = threading.main_thread().ident
+            again = (main_thread, signal.SIGINT)
+            threading.Timer(0.05, signal.pthread_kill, again).start()  # after the callback
         else:
             default(unraisable)
 
