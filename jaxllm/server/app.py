@@ -15,7 +15,7 @@ from pathlib import Path
 from aiohttp import hdrs, web
 
 from jaxllm.async_engine import AsyncEngine
-from jaxllm.server import models, page
+from jaxllm.server import chat, completions, models, page, tokens
 from jaxllm.server.context import CONTEXT, REQUEST_ID, ServerContext, new_request_id
 from jaxllm.server.errors import ApiError, error_response, to_api_error
 from jaxllm.server.options import ServerOptions
@@ -45,8 +45,8 @@ def make_app(
             yield
 
     app.cleanup_ctx.append(run_engine)
-    models.add_routes(app)
-    page.add_routes(app)
+    for routes in (chat, completions, tokens, models, page):
+        routes.add_routes(app)
     return app
 
 

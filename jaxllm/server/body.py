@@ -89,9 +89,12 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _of_validation(error: ValidationError, content: Any) -> ApiError:
-    """The first of pydantic's errors, its place as a client wrote it."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    param = _place(first["loc"], content, missing=first["type"] == "missing")
+    """One of pydantic's errors, its place as a client wrote it: of a union's variants the one that
+    fits furthest."""
+    found = error.errors(include_url=False, include_input=False)
+    places = [_place(one["loc"], content, missing=one["type"] == "missing") for one in found]
+    best = max(range(len(found)), key=lambda i: places[i].count("."))
+    first, param = found[best], places[best]
     if first["type"] == "extra_forbidden":
         message = f"unknown field {param[:100]!r}"
     elif first["type"] == "missing":

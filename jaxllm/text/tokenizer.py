@@ -85,6 +85,12 @@ class Tokenizer:
         piece = self.token_bytes(skip_special_tokens=False)[token_id]
         return piece.decode(errors=self._byte_rule.errors)
 
+    def bytes_of(self, token_id: int) -> bytes:
+        """One token's bytes; those of its text if the vocabulary is not made of bytes."""
+        if self._byte_rule is None:
+            return self.token_string(token_id).encode()
+        return bytes(self.token_bytes(skip_special_tokens=False)[token_id])
+
     def token_bytes(self, skip_special_tokens: bool) -> TokenBytes:
         """The table from token id to bytes; only where the decoder concatenates bytes."""
         assert self._byte_rule is not None

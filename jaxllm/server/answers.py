@@ -1,0 +1,144 @@
+"""What a model wrote, told apart: reasoning, content, tool calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxllm.server.context import ServerContext
+from jaxllm.server.errors import ApiError
+from jaxllm.text.reasoning import (
+    ReasoningDelta,
+    ReasoningParser,
+    choose_reasoning_parser,
+    get_reasoning_parser,
+    opens_reasoning,
+)
+from jaxllm.text.tool_calls import (
+    ContentDelta,
+    Event,
+    ToolCallArguments,
+    ToolCallParser,
+    ToolCallStart,
+    check_tools,
+    choose_parser,
+    get_parser,
+    needs_special_tokens,
+)
+
+AnswerEvent = Event | ReasoningDelta
+
+
+@dataclass(frozen=True)
+class AnswerFormat:
+    """How to read the answers of one request. tools: as check_tools returns them."""
+
+    reasoning: str | None
+    tool_calls: str | None
+    tools: Sequence[dict[str, Any]] = ()
+    single_call: bool = False
+
+    @property
+    def keeps_special_tokens(self) -> bool:
+        """Whether answers must be decoded with them."""
+        return self.tool_calls is not None and needs_special_tokens(self.tool_calls)
+
+
+def answer_format(
+    context: ServerContext, tools: list[dict[str, Any]] | None, *, single_call: bool = False
+) -> AnswerFormat:
+    """The server's parsers, or those that the model's chat template asks for. Raises ApiError if
+    the tools cannot be used."""
+    options = context.options
+    template = context.ready_engine().get_tokenizer().chat_template or ""
+    reasoning: str | None = options.reasoning_parser
+    if reasoning == "auto":
+        reasoning = choose_reasoning_parser(template)
+    reasoning = None if reasoning == "none" else reasoning
+    if tools is None:
+        return AnswerFormat(reasoning, None)
+    calls: str | None = options.tool_call_parser
+    calls = choose_parser(template) if calls == "auto" else calls
+    if calls is None or calls == "none":
+        raise ApiError(400, "tools are not supported with this model", param="tools")
+    try:
+        return AnswerFormat(reasoning, calls, check_tools(tools), single_call)
+    except ValueError as error:
+        raise ApiError(400, str(error), param="tools") from None
+
+
+class AnswerParser:
+    """Reads one answer's text, which may come in pieces."""
+
+    def __init__(self, form: AnswerFormat, prompt: str | None) -> None:
+        self._reasoning: ReasoningParser | None = None
+        if form.reasoning is not None:
+            starts_open = opens_reasoning(prompt or "")
+            self._reasoning = get_reasoning_parser(form.reasoning, starts_open=starts_open)
+        self._calls: ToolCallParser | None = None
+        if form.tool_calls is not None:
+            self._calls = get_parser(form.tool_calls, form.tools)
+        self._single_call = form.single_call
+        self.num_calls = 0
+
+    def feed(self, text: str, finished: bool) -> list[AnswerEvent]:
+        """What is certain with this piece. finished: it is the last."""
+        events = self._split_reasoning(text, finished)
+        if self._calls is not None:
+            events = self._split_calls(events, finished)
+        return [event for event in events if not isinstance(event, ContentDelta) or event.text]
+
+    def _split_reasoning(self, text: str, finished: bool) -> list[AnswerEvent]:
+        if self._reasoning is None:
+            return [ContentDelta(text)]
+        parts = self._reasoning.feed(text)
+        return [*parts, *(self._reasoning.finish() if finished else ())]
+
+    def _split_calls(self, events: list[AnswerEvent], finished: bool) -> list[AnswerEvent]:
+        assert self._calls is not None
+        found: list[AnswerEvent] = []
+        for event in events:
+            if isinstance(event, ContentDelta):
+                found += self._calls.feed(event.text)
+            else:
+                found.append(event)
+        if finished:
+            found += self._calls.finish()
+        kept = [event for event in found if not self._is_refused(event)]
+        self.num_calls += sum(isinstance(event, ToolCallStart) for event in kept)
+        return kept
+
+    def _is_refused(self, event: AnswerEvent) -> bool:
+        """parallel_tool_calls = false: only the first call counts."""
+        is_call = isinstance(event, ToolCallStart | ToolCallArguments)
+        return self._single_call and is_call and event.index > 0  # type: ignore[union-attr]
+
+    def finish_reason(self, reason: str | None) -> str | None:
+        """An answer that ended by itself after a call ended for the call."""
+        return "tool_calls" if reason == "stop" and self.num_calls else reason
+
+
+@dataclass
+class Answer:
+    """A whole answer. calls: {"id", "type", "function": {"name", "arguments"}}."""
+
+    content: str = ""
+    reasoning: str = ""
+    calls: list[dict[str, Any]] = field(default_factory=list)
+
+
+def read_answer(parser: AnswerParser, text: str) -> Answer:
+    """All of an answer's text at once."""
+    answer = Answer()
+    for event in parser.feed(text, finished=True):
+        if isinstance(event, ContentDelta):
+            answer.content += event.text
+        elif isinstance(event, ReasoningDelta):
+            answer.reasoning += event.text
+        elif isinstance(event, ToolCallStart):
+            function = {"name": event.name, "arguments": ""}
+            answer.calls.append({"id": event.id, "type": "function", "function": function})
+        else:
+            answer.calls[event.index]["function"]["arguments"] += event.delta
+    return answer

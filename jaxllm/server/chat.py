@@ -1,0 +1,291 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Annotated, Any
+
+from aiohttp import web
+from pydantic import Field
+
+import jaxllm
+from jaxllm.async_engine import AsyncEngine
+from jaxllm.outputs import CompletionOutput, RequestOutput
+from jaxllm.sampling_params import RequestOutputKind, SamplingParams
+from jaxllm.server.answers import (
+    AnswerEvent,
+    AnswerFormat,
+    AnswerParser,
+    answer_format,
+    read_answer,
+)
+from jaxllm.server.body import StrictModel, read_body
+from jaxllm.server.chat_messages import Messages, template_messages
+from jaxllm.server.context import CONTEXT, REQUEST_ID, ServerContext
+from jaxllm.server.errors import ApiError
+from jaxllm.server.generation import Outputs, Usage, run_all, run_merged, run_request
+from jaxllm.server.logprobs import chat_logprobs, prompt_logprobs_body
+from jaxllm.server.sampling import RequestFields, only, sampling_params
+from jaxllm.server.sse import EventStream, event
+from jaxllm.text.reasoning import ReasoningDelta
+from jaxllm.text.tool_calls import ContentDelta, ToolCallStart
+
+SYSTEM_FINGERPRINT = f"jaxllm-{jaxllm.__version__}"
+OWN_TEMPLATE_OPTIONS = {"messages", "tools", "add_generation_prompt", "continue_final_message"}
+
+
+class StreamOptions(StrictModel):
+    """include_usage: a last chunk with the tokens used."""
+
+    include_usage: bool | None = None
+    include_obfuscation: Annotated[Any, only(False)] = None
+
+
+class ChatRequest(RequestFields):
+    """OpenAI's fields and vLLM's. Those with `only` are not supported."""
+
+    messages: Messages
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    stream_options: StreamOptions | None = None
+    tools: list[Any] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+    metadata: dict[str, str] | None = Field(None, max_length=16)
+    safety_identifier: str | None = Field(None, max_length=512)
+    chat_template: Annotated[Any, only()] = None
+    response_format: Annotated[Any, only({"type": "text"})] = None
+    modalities: Annotated[Any, only(["text"])] = None
+    service_tier: Annotated[Any, only("auto", "default")] = None
+    store: Annotated[Any, only(False)] = None
+    audio: Annotated[Any, only()] = None
+    prediction: Annotated[Any, only()] = None
+    reasoning_effort: Annotated[Any, only()] = None
+    verbosity: Annotated[Any, only("medium")] = None
+    web_search_options: Annotated[Any, only()] = None
+    functions: Annotated[Any, only([])] = None
+    function_call: Annotated[Any, only("none")] = None
+    best_of: Annotated[Any, only(1)] = None
+    use_beam_search: Annotated[Any, only(False)] = None
+
+
+def add_routes(app: web.Application) -> None:
+    """Registers the route of this file."""
+    app.router.add_post("/v1/chat/completions", create_chat_completion)
+
+
+async def create_chat_completion(request: web.Request) -> web.StreamResponse:
+    """An answer to a conversation, at once or as a stream."""
+    context = request.app[CONTEXT]
+    context.ready_engine()
+    body = await read_body(request, ChatRequest)
+    context.check_model(body.model)
+    context.check_room(body.n or 1)
+    form = _answer_format(body, context)
+    params = _params(body, context, form)
+    outputs = run_request(context, _starter(body, form, params), params, body.timeout)
+    reply = _Reply(request, body, form, params)
+    if body.stream:
+        return await _stream(request, outputs, reply)
+    [output] = await run_all([outputs])
+    return web.json_response(reply.whole(output))
+
+
+def _answer_format(body: ChatRequest, context: ServerContext) -> AnswerFormat:
+    choice = body.tool_choice
+    if choice not in (None, "none", "auto"):
+        if choice != "required" and not isinstance(choice, dict):
+            raise ApiError(400, "tool_choice must be none or auto", param="tool_choice")
+        raise ApiError(
+            400,
+            "tool_choice: to force a call needs constrained output, which is not supported yet; "
+            "use auto",
+            param="tool_choice",
+        )
+    if choice == "auto" and not body.tools:
+        raise ApiError(400, "tool_choice needs tools", param="tool_choice")
+    tools = None if choice == "none" or not body.tools else body.tools
+    return answer_format(context, tools, single_call=body.parallel_tool_calls is False)
+
+
+def _params(body: ChatRequest, context: ServerContext, form: AnswerFormat) -> SamplingParams:
+    _check_combinations(body)
+    max_tokens = body.max_completion_tokens
+    other: dict[str, Any] = {"logprobs": (body.top_logprobs or 0) if body.logprobs else None}
+    if form.keeps_special_tokens:
+        other["skip_special_tokens"] = False
+    return sampling_params(
+        body,
+        context,
+        max_tokens=body.max_tokens if max_tokens is None else max_tokens,
+        output_kind=RequestOutputKind.DELTA if body.stream else RequestOutputKind.FINAL_ONLY,
+        **other,
+    )
+
+
+def _check_combinations(body: ChatRequest) -> None:
+    """Raises ApiError for fields that have no effect on each other's terms."""
+    if body.top_logprobs is not None and not body.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs = true", param="top_logprobs")
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(400, "stream_options needs stream = true", param="stream_options")
+    if body.prompt_logprobs is not None and body.stream:
+        raise ApiError(400, "prompt_logprobs cannot be streamed", param="prompt_logprobs")
+    lengths = {body.max_tokens, body.max_completion_tokens} - {None}
+    if len(lengths) == 2:
+        raise ApiError(
+            400, "max_tokens and max_completion_tokens differ; give one", param="max_tokens"
+        )
+    for name in body.chat_template_kwargs or ():
+        if name in OWN_TEMPLATE_OPTIONS or name.startswith("_") or name == "chat_template":
+            raise ApiError(
+                400,
+                f"chat_template_kwargs must not have {name[:100]!r}",
+                param="chat_template_kwargs",
+            )
+
+
+def _starter(body: ChatRequest, form: AnswerFormat, params: SamplingParams) -> Any:
+    messages = template_messages(body.messages)
+
+    def start(engine: AsyncEngine, request_id: str) -> Outputs:
+        return engine.chat(
+            messages,
+            params,
+            request_id,
+            priority=body.priority or 0,
+            cache_salt=body.cache_salt,
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message,
+            tools=list(form.tools) or None,
+            chat_template_kwargs=body.chat_template_kwargs,
+        )
+
+    return start
+
+
+class _Reply:
+    """Turns outputs into what the client gets."""
+
+    def __init__(
+        self, request: web.Request, body: ChatRequest, form: AnswerFormat, params: SamplingParams
+    ) -> None:
+        context = request.app[CONTEXT]
+        self.include_usage = body.stream_options is not None and body.stream_options.include_usage
+        self.usage = Usage()
+        self._form = form
+        self._num_top = params.logprobs
+        self._tokenizer = context.ready_engine().get_tokenizer()
+        self._parsers: dict[int, AnswerParser] = {}
+        self._head = {
+            "id": f"chatcmpl-{request[REQUEST_ID]}",
+            "object": "chat.completion.chunk" if body.stream else "chat.completion",
+            "created": int(time.time()),
+            "model": body.model or context.model_name,
+            "system_fingerprint": SYSTEM_FINGERPRINT,
+        }
+
+    def whole(self, output: RequestOutput) -> dict[str, Any]:
+        """The response that is not streamed."""
+        self.usage.add_prompt(output)
+        self.usage.add_output(output)
+        choices = [self._choice(output, answer) for answer in output.outputs]
+        reply: dict[str, Any] = {**self._head, "choices": choices, "usage": self.usage.body()}
+        if output.prompt_logprobs is not None:
+            reply["prompt_logprobs"] = prompt_logprobs_body(output.prompt_logprobs)
+        return reply
+
+    def _choice(self, output: RequestOutput, answer: CompletionOutput) -> dict[str, Any]:
+        parser = AnswerParser(self._form, output.prompt)
+        read = read_answer(parser, answer.text)
+        content = None if read.calls and not read.content else read.content
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if read.reasoning:
+            message["reasoning"] = read.reasoning
+        if read.calls:
+            message["tool_calls"] = read.calls
+        return {
+            "index": answer.index,
+            "message": message,
+            "logprobs": self._logprobs(answer),
+            "finish_reason": parser.finish_reason(answer.finish_reason),
+            "stop_reason": answer.stop_reason,
+        }
+
+    def chunks(self, output: RequestOutput) -> list[dict[str, Any]]:
+        """The chunks of one output of kind DELTA."""
+        if not self._parsers:
+            self.usage.add_prompt(output)
+        self.usage.add_output(output)
+        return [chunk for answer in output.outputs for chunk in self._answer_chunks(output, answer)]
+
+    def _answer_chunks(
+        self, output: RequestOutput, answer: CompletionOutput
+    ) -> list[dict[str, Any]]:
+        chunks, index = [], answer.index
+        if index not in self._parsers:
+            self._parsers[index] = AnswerParser(self._form, output.prompt)
+            chunks.append(self._chunk(index, {"role": "assistant", "content": ""}))
+        parser = self._parsers[index]
+        deltas = [_delta(one) for one in parser.feed(answer.text, answer.finished())]
+        logprobs = self._logprobs(answer) if answer.token_ids else None
+        if logprobs is not None and not deltas:
+            deltas = [{"content": ""}]
+        chunks += [self._chunk(index, delta) for delta in deltas]
+        if logprobs is not None:  # all of the output's with its first delta
+            chunks[-len(deltas)]["choices"][0]["logprobs"] = logprobs
+        if answer.finished():
+            chunks.append(self._chunk(index, {}))
+            chunks[-1]["choices"][0].update(
+                finish_reason=parser.finish_reason(answer.finish_reason),
+                stop_reason=answer.stop_reason,
+            )
+        return chunks
+
+    def _chunk(self, index: int, delta: dict[str, Any]) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        return self._with_usage([choice], None)
+
+    def usage_chunk(self) -> dict[str, Any]:
+        """The last one, if the client asked for it."""
+        return self._with_usage([], self.usage.body())
+
+    def _with_usage(self, choices: list[Any], usage: dict[str, Any] | None) -> dict[str, Any]:
+        chunk = {**self._head, "choices": choices}
+        return {**chunk, "usage": usage} if self.include_usage else chunk
+
+    def _logprobs(self, answer: CompletionOutput) -> dict[str, Any] | None:
+        if self._num_top is None or answer.logprobs is None:
+            return None
+        return chat_logprobs(answer.token_ids, answer.logprobs, self._num_top, self._tokenizer)
+
+
+def _delta(one: AnswerEvent) -> dict[str, Any]:
+    if isinstance(one, ContentDelta):
+        return {"content": one.text}
+    if isinstance(one, ReasoningDelta):
+        return {"reasoning": one.text}
+    if isinstance(one, ToolCallStart):
+        call = {"id": one.id, "type": "function", "function": {"name": one.name, "arguments": ""}}
+        return {"tool_calls": [{"index": one.index, **call}]}
+    return {"tool_calls": [{"index": one.index, "function": {"arguments": one.delta}}]}
+
+
+async def _stream(request: web.Request, outputs: Outputs, reply: _Reply) -> web.StreamResponse:
+    async with (
+        EventStream(request) as stream,
+        contextlib.aclosing(run_merged([outputs])) as merged,
+    ):
+        async for _, output in merged:
+            chunks = reply.chunks(output)
+            if chunks:
+                await stream.send("".join(map(event, chunks)))
+        end = event(reply.usage_chunk()) if reply.include_usage else ""
+        await stream.send(end + event("[DONE]"))
+    return stream.response

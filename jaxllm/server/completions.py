@@ -1,0 +1,255 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from aiohttp import web
+from pydantic import Field
+
+from jaxllm.async_engine import AsyncEngine
+from jaxllm.outputs import CompletionOutput, RequestOutput
+from jaxllm.sampling_params import RequestOutputKind, SamplingParams
+from jaxllm.server.body import read_body
+from jaxllm.server.chat import SYSTEM_FINGERPRINT, StreamOptions
+from jaxllm.server.context import CONTEXT, REQUEST_ID, ServerContext
+from jaxllm.server.errors import ApiError
+from jaxllm.server.generation import Outputs, Start, Usage, run_all, run_merged, run_request
+from jaxllm.server.logprobs import CompletionLogprobs, prompt_logprobs_body
+from jaxllm.server.sampling import RequestFields, only, sampling_params
+from jaxllm.server.sse import EventStream, event
+from jaxllm.text.tokenizer import Tokenizer
+
+DEFAULT_MAX_TOKENS = 16
+
+OnePrompt = str | list[int]
+
+
+class CompletionRequest(RequestFields):
+    """OpenAI's fields and vLLM's. Those with `only` are not supported."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: int | None = None
+    logprobs: int | None = None
+    echo: bool = False
+    best_of: int | None = None
+    stream_options: StreamOptions | None = None
+    suffix: Annotated[Any, only("")] = None
+    use_beam_search: Annotated[Any, only(False)] = None
+    response_format: Annotated[Any, only({"type": "text"})] = None
+    metadata: dict[str, str] | None = Field(None, max_length=16)
+
+    def prompts(self) -> list[OnePrompt]:
+        """One or several, each text or token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)  # type: ignore[arg-type]
+
+    @property
+    def only_prompt(self) -> bool:
+        """echo with max_tokens 0: the prompt is scored and nothing is generated."""
+        return self.echo and self.max_tokens == 0
+
+
+def add_routes(app: web.Application) -> None:
+    """Registers the route of this file."""
+    app.router.add_post("/v1/completions", create_completion)
+
+
+async def create_completion(request: web.Request) -> web.StreamResponse:
+    """Continues one or several prompts, at once or as a stream."""
+    context = request.app[CONTEXT]
+    context.ready_engine()
+    body = await read_body(request, CompletionRequest)
+    context.check_model(body.model)
+    prompts = body.prompts()
+    params = _params(body, context, len(prompts))
+    context.check_room(params.n * len(prompts))
+    requests = [
+        run_request(context, _starter(body, prompt, params), params, body.timeout)
+        for prompt in prompts
+    ]
+    reply = _Reply(request, body, params)
+    if body.stream:
+        return await _stream(request, requests, reply)
+    outputs = await run_all(requests)
+    # texts of many prompts may be long
+    return web.json_response(await asyncio.to_thread(reply.whole, outputs))
+
+
+def _params(body: CompletionRequest, context: ServerContext, num_prompts: int) -> SamplingParams:
+    _check_combinations(body, num_prompts)
+    other: dict[str, Any] = {"logprobs": body.logprobs}
+    if body.echo and body.logprobs is not None:
+        other["prompt_logprobs"] = body.logprobs
+    max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    return sampling_params(
+        body,
+        context,
+        max_tokens=1 if body.only_prompt else max_tokens,
+        output_kind=RequestOutputKind.DELTA if body.stream else RequestOutputKind.FINAL_ONLY,
+        num_prompts=num_prompts,
+        **other,
+    )
+
+
+def _check_combinations(body: CompletionRequest, num_prompts: int) -> None:
+    """Raises ApiError for what does not go together."""
+    if not num_prompts:
+        raise ApiError(400, "prompt must not be empty", param="prompt")
+    if body.best_of is not None and body.best_of != (body.n or 1):
+        raise ApiError(400, "best_of must be n, or left out", param="best_of")
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(400, "stream_options needs stream = true", param="stream_options")
+    if body.stream and body.prompt_logprobs is not None:
+        raise ApiError(400, "prompt_logprobs cannot be streamed", param="prompt_logprobs")
+    if body.stream and body.echo and body.logprobs is not None:
+        raise ApiError(400, "logprobs of an echoed prompt cannot be streamed", param="logprobs")
+    if body.echo and body.logprobs is not None and body.prompt_logprobs is not None:
+        raise ApiError(
+            400, "echo with logprobs gives the prompt's already", param="prompt_logprobs"
+        )
+
+
+def _starter(body: CompletionRequest, prompt: OnePrompt, params: SamplingParams) -> Start:
+    # a dict says which it is: an empty list is no list of messages
+    given = {"prompt" if isinstance(prompt, str) else "prompt_token_ids": prompt}
+
+    def start(engine: AsyncEngine, request_id: str) -> Outputs:
+        return engine.generate(
+            given, params, request_id, priority=body.priority or 0, cache_salt=body.cache_salt
+        )
+
+    return start
+
+
+class _Reply:
+    """Turns outputs into what the client gets. The choices of prompt i begin at i x n."""
+
+    def __init__(
+        self, request: web.Request, body: CompletionRequest, params: SamplingParams
+    ) -> None:
+        context = request.app[CONTEXT]
+        self.include_usage = body.stream_options is not None and body.stream_options.include_usage
+        self.usage = Usage()
+        self._body = body
+        self._n = params.n
+        self._num_top = params.logprobs
+        self._tokenizer: Tokenizer = context.ready_engine().get_tokenizer()
+        self._logprobs: dict[int, CompletionLogprobs] = {}
+        self._begun: set[int] = set()  # choices of a stream
+        self._begun_prompts: set[int] = set()
+        self._head = {
+            "id": f"cmpl-{request[REQUEST_ID]}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": body.model or context.model_name,
+            "system_fingerprint": SYSTEM_FINGERPRINT,
+        }
+
+    def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        """The response that is not streamed."""
+        choices = []
+        for number, output in enumerate(outputs):
+            self.usage.add_prompt(output)
+            if not self._body.only_prompt:
+                self.usage.add_output(output)
+            choices += [self._choice(number, output, answer) for answer in output.outputs]
+        return {**self._head, "choices": choices, "usage": self.usage.body()}
+
+    def _choice(
+        self, number: int, output: RequestOutput, answer: CompletionOutput
+    ) -> dict[str, Any]:
+        index = number * self._n + answer.index
+        text, token_ids = answer.text, answer.token_ids
+        logprobs: list[Any] | None = answer.logprobs
+        if self._body.only_prompt:
+            text, token_ids, logprobs = "", [], None if logprobs is None else []
+        if self._body.echo:
+            text = self._prompt_text(output) + text
+            if logprobs is not None:
+                assert output.prompt_logprobs is not None
+                token_ids = [*output.prompt_token_ids, *token_ids]
+                logprobs = [*output.prompt_logprobs, *logprobs]
+        choice = self._body_of(index, text, token_ids, logprobs, answer)
+        if self._body.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = prompt_logprobs_body(output.prompt_logprobs)
+        return choice
+
+    def _body_of(
+        self,
+        index: int,
+        text: str,
+        token_ids: Sequence[int],
+        logprobs: Sequence[Any] | None,
+        answer: CompletionOutput,
+    ) -> dict[str, Any]:
+        found = None
+        if logprobs is not None and self._num_top is not None:
+            if index not in self._logprobs:
+                self._logprobs[index] = CompletionLogprobs(self._num_top, self._tokenizer)
+            found = self._logprobs[index].body(token_ids, logprobs)
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": found,
+            "finish_reason": answer.finish_reason,
+            "stop_reason": answer.stop_reason,
+        }
+
+    def _prompt_text(self, output: RequestOutput) -> str:
+        if output.prompt is not None:
+            return output.prompt
+        return self._tokenizer.decode(output.prompt_token_ids, skip_special_tokens=False)
+
+    def chunk(self, number: int, output: RequestOutput) -> dict[str, Any] | None:
+        """The chunk of one output of kind DELTA, a choice for each answer that has something
+        new; None if none has."""
+        if number not in self._begun_prompts:
+            self._begun_prompts.add(number)
+            self.usage.add_prompt(output)
+        if not self._body.only_prompt:
+            self.usage.add_output(output)
+        choices = [self._delta(number, output, answer) for answer in output.outputs]
+        news = [one for one in choices if one["text"] or one["logprobs"] or one["finish_reason"]]
+        return self._with_usage(news, None) if news else None
+
+    def _delta(
+        self, number: int, output: RequestOutput, answer: CompletionOutput
+    ) -> dict[str, Any]:
+        index = number * self._n + answer.index
+        text = "" if self._body.only_prompt else answer.text
+        if self._body.echo and index not in self._begun:
+            text = self._prompt_text(output) + text
+        self._begun.add(index)
+        return self._body_of(index, text, answer.token_ids, answer.logprobs, answer)
+
+    def usage_chunk(self) -> dict[str, Any]:
+        """The last one, if the client asked for it."""
+        return self._with_usage([], self.usage.body())
+
+    def _with_usage(self, choices: list[Any], usage: dict[str, Any] | None) -> dict[str, Any]:
+        chunk = {**self._head, "choices": choices}
+        return {**chunk, "usage": usage} if self.include_usage else chunk
+
+
+async def _stream(
+    request: web.Request, requests: Sequence[Outputs], reply: _Reply
+) -> web.StreamResponse:
+    async with (
+        EventStream(request) as stream,
+        contextlib.aclosing(run_merged(requests)) as merged,
+    ):
+        async for number, output in merged:
+            chunk = reply.chunk(number, output)
+            if chunk is not None:
+                await stream.send(event(chunk))
+        end = event(reply.usage_chunk()) if reply.include_usage else ""
+        await stream.send(end + event("[DONE]"))
+    return stream.response
