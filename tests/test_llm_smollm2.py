@@ -46,7 +46,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def float32(smollm2_path: Path, cache: Path) -> Iterator[LLM]:
     with LLM(
-        str(smollm2_path), dtype="float32", cache_dir=cache, **LIMITS, wait_for_compile=True
+        str(smollm2_path), dtype="float32", cache_dir=cache, **LIMITS, compilation="ahead"
     ) as llm:
         yield llm
 

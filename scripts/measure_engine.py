@@ -1,0 +1,236 @@
+"""The figures of the engine on this machine: start-up, host time, padding, memory.
+
+    python scripts/measure_engine.py startup host padding memory
+    python scripts/measure_engine.py startup --runs 5 --json figures.json
+
+Each figure is measured in processes of its own. The model's file is fetched before anything is
+timed; only compiled programs are cold or warm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+MODEL = "smollm2-135m-instruct"
+PROMPT = "The capital of France is"
+Figures = dict[str, float | int | str]
+
+
+# ---- in the process that is measured
+
+
+def host(model: str, cache_dir: str) -> Figures:
+    """Host time between two decode steps of 64 sequences. Where the device runs a step within the
+    call that dispatches it (as XLA's CPU backend does), dispatch holds part of the step itself."""
+    from jaxllm import LLM, SamplingParams
+
+    limits = {"max_num_seqs": 64, "max_num_batched_tokens": 64, "max_model_len": 256}
+    options = {**limits, "compilation": "ahead"}  # so that nothing is compiled meanwhile
+    with LLM(model, cache_dir=cache_dir, **options) as llm:
+        params = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
+        prompts = [[100 + i, 200, 300] for i in range(64)]
+        llm.generate(prompts, params, use_tqdm=False)
+        packer: Any = llm._running.runner._packer
+        seconds: list[float] = []
+        pack = packer.pack
+
+        def timed_pack(*args: Any) -> Any:
+            started = time.perf_counter()
+            buffer = pack(*args)
+            seconds.append(time.perf_counter() - started)
+            return buffer
+
+        packer.pack = timed_pack
+        started = time.perf_counter()
+        llm.generate(prompts, params, use_tqdm=False)
+        step_seconds = (time.perf_counter() - started) / len(seconds)
+        stats = llm.engine.stats()
+    return {
+        "median_host_ms": 1e3 * (stats.median_host_seconds or 0),
+        "median_dispatch_ms": 1e3 * (stats.median_dispatch_seconds or 0),
+        "of_that_packing_ms": 1e3 * statistics.median(seconds),
+        "whole_step_ms": 1e3 * step_seconds,
+    }
+
+
+def padding(model: str, cache_dir: str) -> Figures:
+    """Padding and compilations of 500 random requests after warm-up."""
+    import jax
+    import numpy as np
+
+    from jaxllm import LLM, SamplingParams
+    from jaxllm.runtime.compilation import COMPILE_EVENT
+
+    compiled = []
+
+    def listener(event: str, duration_secs: float, **_: str | int) -> None:
+        if event == COMPILE_EVENT:
+            compiled.append(duration_secs)
+
+    random = np.random.default_rng(0)
+    lens = random.integers(1, [200, 64], (500, 2)).tolist()  # of prompt and answer
+    prompts = [random.integers(100, 40000, prompt_len).tolist() for prompt_len, _ in lens]
+    params = [
+        SamplingParams(temperature=i % 2, seed=i, max_tokens=answer_len, ignore_eos=True)
+        for i, (_, answer_len) in enumerate(lens)
+    ]
+    options = {"max_model_len": 512, "forbid_compile": True}
+    with LLM(model, cache_dir=cache_dir, **options) as llm:
+        jax.monitoring.register_event_duration_secs_listener(listener)
+        started = time.perf_counter()
+        llm.generate(prompts, params, use_tqdm=False)
+        seconds = time.perf_counter() - started
+        stats, steps = llm._running.runner.stats, llm.engine.stats()
+    by_bucket = stats.steps_by_bucket.most_common(6)
+    return {
+        "padding_share": stats.padding_share,
+        "compilations": len(compiled),
+        "steps": stats.num_steps,
+        "output_tokens_per_second": steps.num_generation_tokens / seconds,
+        "busiest_buckets": ", ".join(f"{bucket}: {count}" for bucket, count in by_bucket),
+    }
+
+
+def memory(model: str, cache_dir: str) -> Figures:
+    """Peak resident memory after a load that fills the pool, against the plan of the start."""
+    from jaxllm import LLM, SamplingParams
+
+    with LLM(model, cache_dir=cache_dir, max_model_len=512) as llm:
+        plan, config = llm._running.memory_plan, llm.engine.config
+        length = config.max_model_len - 8
+        params = SamplingParams(temperature=1, max_tokens=8, ignore_eos=True, top_p=0.9)
+        prompts = [[100 + i, *range(1000, 1000 + length - 1)] for i in range(config.max_num_seqs)]
+        llm.generate(prompts, params, use_tqdm=False)
+        peak = int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) << 10
+    return {
+        "peak_mib": peak / 2**20,
+        "planned_mib": plan.total / 2**20,
+        "peak_over_plan": peak / plan.total,
+        "plan": str(plan),
+    }
+
+
+# ---- in the process that measures
+
+
+def startup(model: str, runs: int) -> Figures:
+    """Seconds from the start of a process to the end of its first token, with an empty and with a
+    filled cache of compiled programs."""
+    cold, warm = [], []
+    for _ in range(runs):
+        with cache_with_models() as cache_dir:
+            cold.append(seconds_to_first_token(model, cache_dir))
+            seconds_to_first_token(model, cache_dir)  # what the first run was not yet done with
+            warm.append(seconds_to_first_token(model, cache_dir))
+    return {
+        "empty_cache_s": statistics.median(cold),
+        "filled_cache_s": statistics.median(warm),
+        "all_empty": " ".join(f"{seconds:.1f}" for seconds in cold),
+        "all_filled": " ".join(f"{seconds:.1f}" for seconds in warm),
+    }
+
+
+def seconds_to_first_token(model: str, cache_dir: str) -> float:
+    """Until the stream has written something; the process may take longer to end."""
+    options = ["--prompt", PROMPT, "--max-tokens", "1", "--temperature", "0", "--stream"]
+    script = str(Path(__file__).with_name("generate.py"))  # what `jaxllm generate` runs
+    command = [sys.executable, script, model, *options]
+    started = time.perf_counter()
+    with subprocess.Popen([*command, "--cache-dir", cache_dir], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        first = process.stdout.read(1)
+        seconds = time.perf_counter() - started
+        process.stdout.read()
+    if process.returncode or not first:
+        raise SystemExit(f"jaxllm generate ended with status {process.returncode}")
+    return seconds
+
+
+def cache_with_models() -> tempfile.TemporaryDirectory[str]:
+    """A cache folder with the fetched models and no programs."""
+    from jaxllm.loading.hub import cache_folder
+
+    folder = tempfile.TemporaryDirectory(prefix="jaxllm-measure-")
+    (Path(folder.name) / "models").symlink_to(cache_folder() / "models")
+    return folder
+
+
+def in_own_process(name: str, model: str) -> Figures:
+    with cache_with_models() as cache_dir:
+        command = [sys.executable, __file__, "--child", name, "--model", model]
+        result = subprocess.run(
+            [*command, "--cache-dir", cache_dir], stdout=subprocess.PIPE, check=True
+        )
+    figures: Figures = json.loads(result.stdout.splitlines()[-1])
+    return figures
+
+
+CHILDREN: dict[str, Callable[[str, str], Figures]] = {
+    "host": host,
+    "padding": padding,
+    "memory": memory,
+}
+
+
+def machine() -> Figures:
+    """What the figures depend on."""
+    import psutil
+
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.is_file() else []
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "processor": names[0] if names else platform.processor(),
+        "cores": os.cpu_count() or 0,
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "load_before": os.getloadavg()[0],
+        "python": platform.python_version(),
+    }
+
+
+def main() -> None:
+    """Measures what was asked for, prints it, and keeps it where --json says."""
+    parser = argparse.ArgumentParser(description="figures of the engine on this machine")
+    parser.add_argument("figures", nargs="*", help=f"startup, {', '.join(CHILDREN)}; default: all")
+    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--runs", type=int, default=3, help="of each start; the median counts")
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--child", choices=CHILDREN, help=argparse.SUPPRESS)
+    parser.add_argument("--cache-dir", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(CHILDREN[args.child](args.model, args.cache_dir)))
+        return
+    if unknown := set(args.figures) - {"startup", *CHILDREN}:
+        parser.error(f"unknown figures {', '.join(sorted(unknown))}")
+    results: dict[str, Figures] = {"machine": machine()}
+    for name in args.figures or ["startup", *CHILDREN]:
+        is_startup = name == "startup"
+        results[name] = (
+            startup(args.model, args.runs) if is_startup else in_own_process(name, args.model)
+        )
+    for name, figures in results.items():
+        for key, value in figures.items():
+            shown = f"{value:.3f}" if isinstance(value, float) else value
+            print(f"{name:8} {key:26} {shown}")
+    text = json.dumps(results, indent=1)
+    print(text)
+    if args.json:
+        args.json.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
