@@ -333,6 +333,24 @@ class AsyncEngine:
 
         return self._run(tokenize, sampling_params, request_id, priority, cache_salt)
 
+    def encode(
+        self,
+        prompt: Prompt,
+        pooling_params: PoolingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Like `generate`, for the embedding of a prompt: one output, which has it."""
+
+        def tokenize() -> TokenizedPrompt:
+            return tokenize_prompt(prompt, self.running.tokenizer)
+
+        hidden_size = self.running.model_config.hidden_size
+        pooling = checked_pooling(pooling_params, hidden_size)
+        return self._run(tokenize, NO_SAMPLING, request_id, priority, cache_salt, pooling)
+
     async def embed(
         self,
         prompt: Prompt,
@@ -345,17 +363,11 @@ class AsyncEngine:
         """The embedding of one prompt; cancellation aborts it. Raises ValueError for what cannot be
         served, QueueFullError if not now, RequestFailedError if it was aborted or its step
         failed."""
-        pooling = checked_pooling(pooling_params, self.running.model_config.hidden_size)
-
-        def tokenize() -> TokenizedPrompt:
-            return tokenize_prompt(prompt, self.running.tokenizer)
-
-        outputs = self._run(tokenize, NO_SAMPLING, request_id, priority, cache_salt, pooling)
+        outputs = self.encode(
+            prompt, pooling_params, request_id, priority=priority, cache_salt=cache_salt
+        )
         async with aclosing(outputs):
-            async for output in outputs:
-                if output.finished:
-                    return EmbeddingRequestOutput.from_request_output(output)
-        raise AssertionError("a stream ends with a finished output")
+            return EmbeddingRequestOutput.from_request_output(await anext(outputs))
 
     async def abort(self, request_id: str) -> None:
         """Ends a request: its iterator gets a last output with the finish reason "abort". An
@@ -406,7 +418,7 @@ class AsyncEngine:
         cache_salt: str | None,
         pooling: PoolingParams | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
-        params = self._checked_params(params, priority)
+        params = self._checked_params(params)
         if request_id is None:
             request_id = uuid.uuid4().hex
         elif not isinstance(request_id, str) or not request_id:
@@ -428,12 +440,7 @@ class AsyncEngine:
             if not finished:
                 self._thread.send(AbortRequest(stream.engine_id))
 
-    def _checked_params(self, params: SamplingParams | None, priority: int) -> SamplingParams:
-        if priority != 0 and self.running.engine.config.policy != "priority":
-            raise ValueError(
-                f"priority {priority!r} has no effect; start the engine with "
-                f"scheduling_policy='priority'"
-            )
+    def _checked_params(self, params: SamplingParams | None) -> SamplingParams:
         is_given = isinstance(params, SamplingParams)
         kind = params.output_kind if is_given else RequestOutputKind.CUMULATIVE  # type: ignore[union-attr]
         return params_of_kind(params, self.running.default_sampling, kind)

@@ -357,7 +357,7 @@ def test_jsonl_lines_with_their_own_options_and_errors(
     }  # fmt: skip
     for line, text in {
         2: "not valid JSON", 5: "unknown sampling option 'max_token'", 6: "prompt and messages",
-        7: "999 at position 1", 8: "messages[0] needs a role", 9: "--scheduling-policy priority",
+        7: "999 at position 1", 8: "messages[0] needs a role", 9: "scheduling_policy='priority'",
         10: "must be a JSON object, got list",
     }.items():  # fmt: skip
         assert text in answers[line - 1]["error"]

@@ -185,7 +185,6 @@ class _Generation:
 
         try:
             params = SamplingParams.from_dict({**self._sampling, **job.options})
-            self._check_priority(job)
             prompt = self._tokenize(job)
             request = Request(
                 str(job.line),
@@ -202,10 +201,6 @@ class _Generation:
         else:
             self._live[request.request_id] = job
         return True
-
-    def _check_priority(self, job: Job) -> None:
-        if job.priority != 0 and self._engine.config.policy != "priority":
-            raise ValueError("priority has no effect without --scheduling-policy priority")
 
     def _tokenize(self, job: Job) -> Any:
         from jaxllm.prompts import tokenize_chat, tokenize_prompt

@@ -126,6 +126,11 @@ class Engine:
         prompt_token_ids = request.check(
             self.vocab_size, self.config.max_model_len, self.eos_token_ids
         )
+        if request.priority and self.config.policy != "priority":
+            raise ValueError(
+                f"priority {request.priority} has no effect; start the engine with "
+                f"scheduling_policy='priority'"
+            )
         if request.request_id in self._requests:
             raise ValueError(f"request id {request.request_id!r} is in use by a live request")
         if request.params.stop and self.tokenizer is None:

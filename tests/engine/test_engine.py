@@ -448,6 +448,7 @@ def test_a_fault_in_one_answers_text_ends_only_that_answer(monkeypatch):
         (Request("", [1], SamplingParams()), "request_id"),
         (Request("r", [1], {"n": 2}), "params must be SamplingParams, got dict"),
         (Request("r", [1], SamplingParams(), priority="high"), "priority must be an integer"),
+        (Request("r", [1], SamplingParams(), priority=1), "priority 1 has no effect"),
         (Request("r", [1], SamplingParams(), cache_salt=3), "cache_salt must be a string"),
         (Request("r", [1], SamplingParams(), arrival_time=float("nan")), "arrival_time"),
         (Request("r", [1], SamplingParams(stop_token_ids=[99])), "stop_token_ids has token id 99"),

@@ -45,8 +45,9 @@ def random_request(rng, config, number, prefixes):
         prompt_logprobs=rng.choice([None, None, None, 1]),
         output_kind=rng.choice(list(RequestOutputKind)),
     )
+    priority = rng.randrange(3) if config.policy == "priority" else 0
     return Request(
-        str(number), prompt, params, priority=rng.randrange(3), arrival_time=float(number),
+        str(number), prompt, params, priority=priority, arrival_time=float(number),
         cache_salt=rng.choice([None, None, "x"]),
     )  # fmt: skip
 
