@@ -86,8 +86,9 @@ REQUEST_HISTOGRAMS = {
 
 @dataclass(frozen=True)
 class FinishedRequest:
-    """What is known of a request at its end. metrics: of its last output; None if it had none.
-    max_tokens: None where the request set no limit. finish_reason: of its first answer."""
+    """What is known of a request at its end. metrics: of its last output; None if it had none, and
+    its tokens are not known. max_tokens: None where the request set no limit. finish_reason: of its
+    first answer."""
 
     metrics: RequestMetrics | None
     num_prompt_tokens: int
@@ -101,14 +102,14 @@ class FinishedRequest:
 def request_figures(request: FinishedRequest) -> Iterator[tuple[str, float]]:
     """The histograms a finished request adds to, and its values. What did not happen (a first
     token, with a request that was aborted in the queue) adds nothing."""
-    yield "request_prompt_tokens", request.num_prompt_tokens
-    yield "request_generation_tokens", request.num_generation_tokens
     yield "request_params_n", request.n
     if request.max_tokens is not None:
         yield "request_params_max_tokens", request.max_tokens
     times = request.metrics
     if times is None:
         return
+    yield "request_prompt_tokens", request.num_prompt_tokens
+    yield "request_generation_tokens", request.num_generation_tokens
     arrival, scheduled = times.arrival_time, times.first_scheduled_time
     first, end = times.first_token_time, times.finished_time
     if scheduled is not None:

@@ -9,7 +9,9 @@ COUNTS = (
     "max_body_bytes", "max_headers", "max_header_bytes", "max_json_depth", "max_completions",
     "max_total_tokens", "max_stop_strings", "max_stop_chars", "max_logit_bias",
 )  # fmt: skip
-SECONDS = ("request_timeout", "header_timeout", "body_timeout", "keep_alive_seconds")
+SECONDS = (
+    "request_timeout", "header_timeout", "body_timeout", "keep_alive_seconds", "hang_seconds",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,7 @@ class ServerOptions:
     max_completions: prompts x n of a request. max_total_tokens: that times max_tokens.
     header_timeout, body_timeout: seconds in which a client must have sent them.
     keep_alive_seconds: a stream that is silent for so long gets a comment.
+    hang_seconds: a step that takes longer counts as hung, and /health says so.
     """
 
     host: str = "127.0.0.1"
@@ -51,6 +54,7 @@ class ServerOptions:
     header_timeout: float = 10.0
     body_timeout: float = 30.0
     keep_alive_seconds: float = 15.0
+    hang_seconds: float = 120.0
     log_format: str = "text"
     metrics_prefix: str = "jaxllm"
     tool_call_parser: str = "auto"
