@@ -25,6 +25,7 @@ from jaxllm.engine.request import (
 )
 from jaxllm.engine.scheduler import Scheduler
 from jaxllm.engine.sequence import (
+    NOT_FINITE,
     Batch,
     Runner,
     RunnerFigures,
@@ -277,7 +278,6 @@ class Engine:
             self._take_prompt_logprobs(batch, result)
         touched: list[RequestState] = []
         token_ids = result.token_ids.tolist()  # [number of scheduled sequences]
-        oks = [True] * len(token_ids) if result.ok is None else result.ok.tolist()
         for row, scheduled in enumerate(batch.sequences):
             state = self._states.get(scheduled.sequence.sequence_id)
             if state is None:  # aborted while the step was under way
@@ -285,10 +285,11 @@ class Engine:
             request = state.request
             if request.first_scheduled_time is None:
                 request.first_scheduled_time = self._scheduled_time
-            if oks[row] and not scheduled.samples:
+            is_finite = token_ids[row] != NOT_FINITE
+            if is_finite and not scheduled.samples:
                 continue
             try:
-                if not oks[row]:
+                if not is_finite:
                     self.scheduler.forget_content(scheduled.sequence)
                     raise ArithmeticError("the model's logits are not finite")
                 self._take_result(state, row, token_ids[row], result)

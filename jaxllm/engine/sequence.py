@@ -93,16 +93,19 @@ class LogprobRows:
     top_logprobs: np.ndarray  # [R, MAX_LOGPROBS] float32
 
 
+NOT_FINITE = -1  # as a sampled token
+
+
 @dataclass(frozen=True)
 class StepResult:
     """Row i of token_ids and logprobs belongs to batch.sequences[i]; it means nothing where that
-    sequence does not sample. Rows of prompt_logprobs are the step's query tokens in batch order:
-    row j is about the known token that follows query token j."""
+    sequence does not sample, but NOT_FINITE says even there that its logits are not finite. Rows of
+    prompt_logprobs are the step's query tokens in batch order: row j is about the known token that
+    follows query token j."""
 
     token_ids: np.ndarray  # [number of scheduled sequences] int32
     logprobs: LogprobRows | None = None  # None unless a sequence of the batch asked
     prompt_logprobs: LogprobRows | None = None
-    ok: np.ndarray | None = None  # [number of scheduled sequences] bool: its logits are finite
     pooled: np.ndarray | None = None  # [number of scheduled sequences, E] float32, if one embeds
 
 

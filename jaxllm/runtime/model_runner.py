@@ -66,11 +66,10 @@ class DeviceStep:
         has_prompt_rows = self.outputs.prompt_logprobs.logprobs.shape[0] > 0
         if has_prompt_rows and any(p.prompt_logprobs is not None for p in params):
             prompt_logprobs = _fetch(self.outputs.prompt_logprobs, self.batch.num_tokens)
-        ok = np.asarray(self.outputs.ok)[:num_seqs]
         pooled = None
         if any(s.sequence.pooling is not None for s in self.batch.sequences):
             pooled = np.asarray(self.outputs.pooled)[:num_seqs]
-        return StepResult(tokens, logprobs, prompt_logprobs, ok, pooled)
+        return StepResult(tokens, logprobs, prompt_logprobs, pooled)
 
 
 class ModelRunner:
@@ -224,7 +223,6 @@ class ModelRunner:
             step = self._program(bucket)
             self._state, outputs = step(self._params, self._state, packed)
             outputs.tokens.copy_to_host_async()
-            outputs.ok.copy_to_host_async()
         if not self._on_demand:
             self._compiler.release()
         self._count(batch, bucket)
@@ -278,7 +276,7 @@ class ModelRunner:
 
 def _outputs_tree() -> StepOutputs:
     logprobs = Logprobs(0, 0, 0, 0)  # type: ignore[arg-type]
-    return StepOutputs(0, 0, 0, logprobs, logprobs)  # type: ignore[arg-type]
+    return StepOutputs(0, 0, logprobs, logprobs)  # type: ignore[arg-type]
 
 
 def _fetch(rows: Logprobs, num_rows: int) -> LogprobRows:

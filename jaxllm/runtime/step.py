@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.engine.batch import FLOAT_FIELDS, ON_DEVICE, ROW_FIELDS, PackedLayout
+from jaxllm.engine.sequence import NOT_FINITE
 from jaxllm.models.decoder import Model, Parameters
 from jaxllm.runtime import sampler
 from jaxllm.runtime.pooling import pool_hidden
@@ -34,8 +35,7 @@ class State(NamedTuple):
 class StepOutputs(NamedTuple):
     """What the host may fetch of a step."""
 
-    tokens: jax.Array  # [S] int32
-    ok: jax.Array  # [S] bool, False: its logits are not finite, and its token means nothing
+    tokens: jax.Array  # [S] int32, NOT_FINITE where the logits are not finite
     pooled: jax.Array  # [S, E] float32
     logprobs: Logprobs  # of S rows
     prompt_logprobs: Logprobs  # of T rows
@@ -88,9 +88,9 @@ def make_step(
             lambda: sampler.no_logprobs(tokens.shape[0]),
         )
         pooled, hidden_sums = pool_hidden(hidden, rows, batch, state.hidden_sums)
+        is_finite = jnp.all(jnp.isfinite(logits), axis=-1)  # [S]
         outputs = StepOutputs(
-            tokens,
-            jnp.all(jnp.isfinite(logits), axis=-1),
+            jnp.where(is_finite, tokens, NOT_FINITE),
             pooled,
             logprobs,
             _prompt_logprobs(model, params, hidden, token_ids, rows, batch, layout),

@@ -12,7 +12,14 @@ from hashlib import blake2b
 import numpy as np
 
 from jaxllm.config import EngineConfig
-from jaxllm.engine.sequence import Batch, LogprobRows, RunnerFigures, Sequence, StepResult
+from jaxllm.engine.sequence import (
+    NOT_FINITE,
+    Batch,
+    LogprobRows,
+    RunnerFigures,
+    Sequence,
+    StepResult,
+)
 from jaxllm.sampling_params import MAX_LOGPROBS
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
@@ -114,12 +121,12 @@ class FakeRunner:
             expected = self._content(sequence, end)
             self._pool[cells[start:]] = expected[start:]
             np.testing.assert_array_equal(self._pool[cells], expected)
-            token_ids.append(self.next_token(sequence) if scheduled.samples else -7)
+            token = self.next_token(sequence) if scheduled.samples else -7
+            token_ids.append(token if self.is_ok(sequence) else NOT_FINITE)
             pooled.append(self._pooled(sequence, start, expected[start:, :2]))
             following += [*sequence.token_ids[start + 1 : end + 1], 0][: scheduled.num_tokens]
         result = replace(
             self._result(batch, token_ids, following),
-            ok=np.array([self.is_ok(s.sequence) for s in batch.sequences]),
             pooled=np.array(pooled, np.float32),
         )
         return FakeHandle(result, self.result_error())
