@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import NoReturn
 
 import jaxllm
-from jaxllm.cli import chat, generate
-from jaxllm.cli.flags import ENGINE, SAMPLING
+from jaxllm.cli import chat, generate, serve
+from jaxllm.cli.flags import ENGINE, SAMPLING, SERVER
 from jaxllm.cli.settings import UsageError
 from jaxllm.config import ModelError
 from jaxllm.loading.hub import cache_folder
@@ -110,6 +110,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(command)
     chat.add_arguments(command)
     SAMPLING.add_flags(command, skip=chat.NOT_IN_CHAT)
+    ENGINE.add_flags(command)
+
+    command = _add(commands, "serve", "answer HTTP requests with OpenAI's API", serve.run)
+    _add_model(command)
+    SERVER.add_flags(command)
     ENGINE.add_flags(command)
 
     command = _add(commands, "models", "list the built-in models", list_models)

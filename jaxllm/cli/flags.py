@@ -1,4 +1,4 @@
-"""Flags made from the fields of SamplingParams and EngineOptions."""
+"""Flags made from the fields of SamplingParams, EngineOptions and ServerOptions."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from jaxllm.engine_options import EngineOptions
 from jaxllm.sampling_params import MAX_LOGPROBS, SamplingParams
+from jaxllm.server.options import ServerOptions
 
 SAMPLING_HELP = {
     "n": "answers to each prompt",
@@ -56,6 +57,37 @@ ENGINE_HELP = {
     "cache_dir": "folder of fetched models and compiled programs (or set JAXLLM_CACHE)",
     "program_cache": "keep compiled programs on disk",
 }
+SERVER_HELP = {
+    "host": "address to listen at; 0.0.0.0 for all of the machine's",
+    "port": "0: any that is free",
+    "served_model_name": "what clients call the model; may be repeated",
+    "api_key": "clients must give it; may be repeated (others of the machine may see it: better "
+    "a file)",
+    "api_key_file": "file of keys, one a line",
+    "max_queued_requests": "answers that may wait for others; more are refused with 429",
+    "request_timeout": "seconds until a request ends with the reason timeout; none: never",
+    "drain_seconds": "how long running requests may go on after SIGTERM",
+    "tls_cert": "file of the certificate chain, PEM",
+    "tls_key": "file of its private key, PEM",
+    "cors_origin": "origin whose pages may call the server, * for all; may be repeated",
+    "max_body_bytes": "largest body of a request",
+    "max_headers": "most headers of a request",
+    "max_header_bytes": "longest header",
+    "max_json_depth": "deepest nesting of a body",
+    "max_completions": "most answers of a request: prompts x n",
+    "max_total_tokens": "most tokens of a request: prompts x n x max_tokens",
+    "max_stop_strings": "most stop strings of a request",
+    "max_stop_chars": "longest stop string",
+    "max_logit_bias": "most entries of logit_bias or stop_token_ids",
+    "header_timeout": "seconds in which headers must have come",
+    "body_timeout": "seconds in which a body must have come",
+    "keep_alive_seconds": "a stream silent for so long gets a comment",
+    "hang_seconds": "a step that takes longer counts as hung, and /health says so",
+    "log_format": "text or json",
+    "metrics_prefix": "jaxllm, or vllm for its dashboards",
+    "tool_call_parser": "auto (by the chat template), none, or a parser's name",
+    "reasoning_parser": "auto (by the chat template), none, or a parser's name",
+}
 FLAG_NAMES = {("engine", "seed"): "--engine-seed"}  # --seed is a request's
 NOT_FLAGS = ("output_kind",)  # --stream decides
 
@@ -97,6 +129,7 @@ class Table:
 
 ENGINE = Table("engine", EngineOptions, ENGINE_HELP)
 SAMPLING = Table("sampling", SamplingParams, SAMPLING_HELP)
+SERVER = Table("server", ServerOptions, SERVER_HELP)
 
 
 def kinds(hint: Any) -> tuple[Any, ...]:
@@ -112,6 +145,8 @@ def _argument(hint: Any) -> dict[str, Any]:
         return {"action": argparse.BooleanOptionalAction}
     if Mapping in origins:
         return {"type": _bias, "metavar": "ID:BIAS,..."}
+    if tuple in origins:
+        return {"action": "append", "metavar": "NAME"}
     if Sequence in origins:
         if str in origins:
             return {"action": "append", "metavar": "TEXT"}

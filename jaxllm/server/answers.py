@@ -8,7 +8,9 @@ from typing import Any
 
 from jaxllm.server.context import ServerContext
 from jaxllm.server.errors import ApiError
+from jaxllm.server.options import ServerOptions
 from jaxllm.text.reasoning import (
+    REASONING_PARSERS,
     ReasoningDelta,
     ReasoningParser,
     choose_reasoning_parser,
@@ -16,6 +18,7 @@ from jaxllm.text.reasoning import (
     opens_reasoning,
 )
 from jaxllm.text.tool_calls import (
+    PARSERS,
     ContentDelta,
     Event,
     ToolCallArguments,
@@ -43,6 +46,16 @@ class AnswerFormat:
     def keeps_special_tokens(self) -> bool:
         """Whether answers must be decoded with them."""
         return self.tool_calls is not None and needs_special_tokens(self.tool_calls)
+
+
+def check_parsers(options: ServerOptions) -> None:
+    """Raises ValueError if the operator named a parser that does not exist."""
+    for name, value, known in (
+        ("tool_call_parser", options.tool_call_parser, PARSERS),
+        ("reasoning_parser", options.reasoning_parser, REASONING_PARSERS),
+    ):
+        if value not in ("auto", "none", *known):
+            raise ValueError(f"{name} must be auto, none, {', '.join(known)}; got {value!r}")
 
 
 def answer_format(

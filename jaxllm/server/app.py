@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import logging
 import re
 import threading
 import time
@@ -15,15 +14,16 @@ from pathlib import Path
 from aiohttp import hdrs, web
 
 from jaxllm.async_engine import AsyncEngine
-from jaxllm.server import chat, completions, models, page, tokens
-from jaxllm.server.context import CONTEXT, REQUEST_ID, ServerContext, new_request_id
+from jaxllm.server import chat, completions, embeddings, models, operations, page, tokens
+from jaxllm.server.answers import check_parsers
+from jaxllm.server.context import CONTEXT, RECORD, REQUEST_ID, ServerContext, new_request_id
 from jaxllm.server.errors import ApiError, error_response, to_api_error
+from jaxllm.server.logs import RequestRecord, log_request
 from jaxllm.server.options import ServerOptions
-
-logger = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 REQUEST_ID_HEADER = "X-Request-Id"
+CLIENT_LEFT = 499  # in the log, for want of a status
 CLIENT_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 OPEN_ROUTES = ("/health", "/ready", *page.ROUTES)  # without a key
 
@@ -35,6 +35,7 @@ def make_app(
     at the end. model: as the operator named it, for clients if options have no other name."""
     middlewares = [_observe, _answer_errors, _allow_origins, _authenticate, _limit]
     app = web.Application(middlewares=middlewares, client_max_size=options.max_body_bytes)
+    check_parsers(options)
     names = options.served_model_name or (short_name(model),)
     keys = [key.encode() for key in options.all_keys()]
     app[CONTEXT] = ServerContext(options, names, keys)
@@ -45,8 +46,9 @@ def make_app(
             yield
 
     app.cleanup_ctx.append(run_engine)
-    for routes in (chat, completions, tokens, models, page):
+    for routes in (chat, completions, embeddings, tokens, models, operations, page):
         routes.add_routes(app)
+    app[CONTEXT].metrics.set_routes(resource.canonical for resource in app.router.resources())
     return app
 
 
@@ -91,20 +93,24 @@ async def _engine_of(
 
 @web.middleware
 async def _observe(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Gives the request its id and logs its end."""
+    """Gives the request its id; its end goes to the log and the metrics."""
     request[REQUEST_ID] = new_request_id()
+    record = RequestRecord(request[REQUEST_ID], request.method, route_name(request), CLIENT_LEFT)
+    request[RECORD] = record
     started = time.monotonic()
-    status = 499  # the client has left
     try:
         response = await handler(request)
-        status = response.status
+        record.status = response.status
         return response
+    except (ConnectionError, asyncio.CancelledError):
+        record.aborted = True
+        raise
     finally:
-        seconds = time.monotonic() - started
-        logger.info(
-            "%s %s %d %.3f s %s", request.method, route_name(request), status, seconds,
-            request[REQUEST_ID],
-        )  # fmt: skip
+        record.duration = time.monotonic() - started
+        request.app[CONTEXT].metrics.http_response(
+            record.route, record.method, record.status, record.duration
+        )
+        log_request(record)
 
 
 def route_name(request: web.Request) -> str:

@@ -22,7 +22,7 @@ from jaxllm.server.answers import (
 )
 from jaxllm.server.body import StrictModel, read_body
 from jaxllm.server.chat_messages import Messages, template_messages
-from jaxllm.server.context import CONTEXT, REQUEST_ID, ServerContext
+from jaxllm.server.context import CONTEXT, RECORD, REQUEST_ID, ServerContext
 from jaxllm.server.errors import ApiError
 from jaxllm.server.generation import Outputs, Usage, run_all, run_merged, run_request
 from jaxllm.server.logprobs import chat_logprobs, prompt_logprobs_body
@@ -86,10 +86,12 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     context.ready_engine()
     body = await read_body(request, ChatRequest)
     context.check_model(body.model)
+    request[RECORD].model = body.model or context.model_name
     context.check_room(body.n or 1)
     form = _answer_format(body, context)
     params = _params(body, context, form)
-    outputs = run_request(context, _starter(body, form, params), params, body.timeout)
+    record = request[RECORD]
+    outputs = run_request(context, _starter(body, form, params), params, body.timeout, record)
     reply = _Reply(request, body, form, params)
     if body.stream:
         return await _stream(request, outputs, reply)

@@ -16,7 +16,7 @@ from jaxllm.outputs import CompletionOutput, RequestOutput
 from jaxllm.sampling_params import RequestOutputKind, SamplingParams
 from jaxllm.server.body import read_body
 from jaxllm.server.chat import SYSTEM_FINGERPRINT, StreamOptions
-from jaxllm.server.context import CONTEXT, REQUEST_ID, ServerContext
+from jaxllm.server.context import CONTEXT, RECORD, REQUEST_ID, ServerContext
 from jaxllm.server.errors import ApiError
 from jaxllm.server.generation import Outputs, Start, Usage, run_all, run_merged, run_request
 from jaxllm.server.logprobs import CompletionLogprobs, prompt_logprobs_body
@@ -68,11 +68,13 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
     context.ready_engine()
     body = await read_body(request, CompletionRequest)
     context.check_model(body.model)
+    request[RECORD].model = body.model or context.model_name
     prompts = body.prompts()
     params = _params(body, context, len(prompts))
     context.check_room(params.n * len(prompts))
+    record = request[RECORD]
     requests = [
-        run_request(context, _starter(body, prompt, params), params, body.timeout)
+        run_request(context, _starter(body, prompt, params), params, body.timeout, record)
         for prompt in prompts
     ]
     reply = _Reply(request, body, params)
@@ -88,11 +90,11 @@ def _params(body: CompletionRequest, context: ServerContext, num_prompts: int) -
     other: dict[str, Any] = {"logprobs": body.logprobs}
     if body.echo and body.logprobs is not None:
         other["prompt_logprobs"] = body.logprobs
-    max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     return sampling_params(
         body,
         context,
-        max_tokens=1 if body.only_prompt else max_tokens,
+        max_tokens=1 if body.only_prompt else body.max_tokens,
+        default_max_tokens=DEFAULT_MAX_TOKENS,
         output_kind=RequestOutputKind.DELTA if body.stream else RequestOutputKind.FINAL_ONLY,
         num_prompts=num_prompts,
         **other,

@@ -14,6 +14,8 @@ from aiohttp import web
 
 from jaxllm.async_engine import AsyncEngine
 from jaxllm.server.errors import RETRY_AFTER, ApiError
+from jaxllm.server.logs import RequestRecord
+from jaxllm.server.metrics import Metrics
 from jaxllm.server.options import ServerOptions
 
 Status = Literal["starting", "ready", "draining", "failed"]
@@ -29,6 +31,7 @@ class ServerContext:
 
     options: ServerOptions
     model_names: Sequence[str]
+    metrics: Metrics
     keys: Sequence[bytes] = ()
     engine: AsyncEngine | None = None
     status: Status = "starting"
@@ -98,6 +101,7 @@ class ServerContext:
 
 CONTEXT = web.AppKey("CONTEXT", ServerContext)
 REQUEST_ID = web.RequestKey("REQUEST_ID", str)  # the server's own
+RECORD = web.RequestKey("RECORD", RequestRecord)  # what the log will say
 
 
 def new_request_id() -> str:

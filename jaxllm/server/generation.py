@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxllm.async_engine import AsyncEngine
 from jaxllm.outputs import RequestOutput
-from jaxllm.sampling_params import SamplingParams
+from jaxllm.sampling_params import RequestOutputKind, SamplingParams
 from jaxllm.server.context import ServerContext, new_request_id
 from jaxllm.server.errors import RETRY_AFTER, ApiError
+from jaxllm.server.logs import RequestRecord
+from jaxllm.server.metrics import FinishedRequest
 
 GRACE_SECONDS = 5.0  # for the engine to end a request whose deadline has passed
 
@@ -49,10 +52,15 @@ class Usage:
 
 
 async def run_request(
-    context: ServerContext, start: Start, params: SamplingParams, timeout: float | None = None
+    context: ServerContext,
+    start: Start,
+    params: SamplingParams,
+    timeout: float | None = None,
+    record: RequestRecord | None = None,
 ) -> Outputs:
     """The outputs of one request. When its time (the client's or the server's, whichever is
     shorter) is over it ends with the finish reason "timeout" and what it has. Close it to abort.
+    record: the HTTP request's, for its line in the log.
 
     Raises ApiError if the engine takes it neither now (429, 503) nor ever (400).
     """
@@ -60,13 +68,71 @@ async def run_request(
     request_id = new_request_id()
     limits = [limit for limit in (timeout, context.options.request_timeout) if limit is not None]
     seconds = min(limits, default=None)
-    with context.registered(request_id, params.n):
+    with context.registered(request_id, params.n), _Observer(context, params, record) as observer:
         async with (
             contextlib.aclosing(start(engine, request_id)) as outputs,
             _deadline(engine, request_id, seconds) as deadline,
         ):
             async for output in _within_grace(outputs, deadline):
-                yield _timed_out(output) if deadline.passed else output
+                output = _timed_out(output) if deadline.passed else output
+                observer.take(output)
+                yield output
+
+
+class _Observer:
+    """Tells the metrics and the log what became of a request in the engine."""
+
+    def __init__(
+        self, context: ServerContext, params: SamplingParams, record: RequestRecord | None
+    ) -> None:
+        self._metrics = context.metrics
+        self._params = params
+        self._record = record
+        self._is_stream = params.output_kind is RequestOutputKind.DELTA
+        self._usage = Usage()
+        self._last: RequestOutput | None = None
+        self._last_time: float | None = None
+
+    def take(self, output: RequestOutput) -> None:
+        """The next output."""
+        self._last = output
+        self._usage.add_output(output)
+        if self._is_stream and any(answer.token_ids for answer in output.outputs):
+            now = time.monotonic()
+            if self._last_time is not None:
+                self._metrics.inter_token(now - self._last_time)
+            self._last_time = now
+
+    def __enter__(self) -> _Observer:
+        self._metrics.request_received()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        last, usage = self._last, self._usage
+        is_failure = kind is not None and issubclass(kind, Exception)
+        reason = "error" if is_failure else "abort"  # by leaving
+        if last is not None:
+            usage.add_prompt(last)
+            if last.finished and last.outputs:
+                reason = last.outputs[0].finish_reason or reason
+        times = None if last is None else last.metrics
+        self._metrics.request_finished(
+            FinishedRequest(
+                times,
+                usage.prompt_tokens,
+                usage.completion_tokens,
+                reason,
+                num_cached_tokens=usage.cached_tokens,
+                max_tokens=self._params.max_tokens,
+                n=self._params.n,
+            )
+        )
+        if self._record is not None:
+            ttft = None
+            if times is not None and times.first_token_time is not None:
+                ttft = times.first_token_time - times.arrival_time
+            tokens = usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens
+            self._record.add(*tokens, ttft, reason)
 
 
 @dataclass

@@ -71,17 +71,20 @@ def sampling_params(
     *,
     max_tokens: int | None,
     output_kind: RequestOutputKind,
+    default_max_tokens: int | None = None,
     num_prompts: int = 1,
     **other: Any,
 ) -> SamplingParams:
-    """Defaults of the model's makers, then the request's values. max_tokens: None for what is left
-    of the context. other: further SamplingParams, such as logprobs. Raises ApiError, naming the
-    field."""
+    """Defaults of the model's makers, then the request's values. max_tokens: as the request says.
+    default_max_tokens: if nobody says; None for what is left of the context. other: further
+    SamplingParams, such as logprobs. Raises ApiError, naming the field."""
     engine = context.ready_engine()
     given = fields.model_dump(include=set(SamplingFields.model_fields), exclude_none=True)
     _check_limits(given, context.options)
-    values = {**engine.running.default_sampling, **given, **other}
-    values |= {"max_tokens": max_tokens, "output_kind": output_kind}
+    values = {"max_tokens": default_max_tokens, **engine.running.default_sampling, **given, **other}
+    if max_tokens is not None:
+        values["max_tokens"] = max_tokens
+    values["output_kind"] = output_kind
     try:
         params = SamplingParams(**values)
     except ValueError as error:
