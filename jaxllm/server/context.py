@@ -31,7 +31,6 @@ class ServerContext:
 
     options: ServerOptions
     model_names: Sequence[str]
-    metrics: Metrics
     keys: Sequence[bytes] = ()
     engine: AsyncEngine | None = None
     status: Status = "starting"
@@ -39,6 +38,10 @@ class ServerContext:
     created: int = field(default_factory=lambda: int(time.time()))
     started: asyncio.Event = field(default_factory=asyncio.Event)  # or failed to
     live: dict[str, int] = field(default_factory=dict)
+    metrics: Metrics = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.metrics = Metrics(self.options.metrics_prefix, self.model_name)
 
     @property
     def model_name(self) -> str:
