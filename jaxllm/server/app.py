@@ -14,7 +14,16 @@ from pathlib import Path
 from aiohttp import hdrs, web
 
 from jaxllm.async_engine import AsyncEngine
-from jaxllm.server import chat, completions, embeddings, models, operations, page, tokens
+from jaxllm.server import (
+    chat,
+    completions,
+    embeddings,
+    models,
+    openapi,
+    operations,
+    page,
+    tokens,
+)
 from jaxllm.server.answers import check_parsers
 from jaxllm.server.context import CONTEXT, RECORD, REQUEST_ID, ServerContext, new_request_id
 from jaxllm.server.errors import ApiError, error_response, to_api_error
@@ -46,7 +55,7 @@ def make_app(
             yield
 
     app.cleanup_ctx.append(run_engine)
-    for routes in (chat, completions, embeddings, tokens, models, operations, page):
+    for routes in (chat, completions, embeddings, tokens, models, operations, openapi, page):
         routes.add_routes(app)
     app[CONTEXT].metrics.set_routes(resource.canonical for resource in app.router.resources())
     return app

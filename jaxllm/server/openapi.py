@@ -1,0 +1,173 @@
+"""GET /openapi.json: the routes as OpenAPI 3.1 says them, from the models that check requests."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+import jaxllm
+from jaxllm.server import chat, completions, embeddings, tokens
+from jaxllm.server.context import CONTEXT
+
+JSON, TEXT, EVENTS = "application/json", "text/plain", "text/event-stream"
+OBJECT: dict[str, Any] = {"type": "object"}
+STRING: dict[str, Any] = {"type": "string"}
+REF = "#/components/schemas/{model}"
+KEY = "key"
+ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": STRING,
+                "type": STRING,
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One route. body: the model of its JSON body. required: of a JSON answer, the fields that are
+    always there. streams: whether it can answer with events. content_types: of an answer that is
+    no JSON. also: further statuses, with what they mean, whose body is that of a success."""
+
+    method: str
+    path: str
+    summary: str
+    body: type[BaseModel] | None = None
+    required: tuple[str, ...] = ()
+    streams: bool = False
+    content_types: tuple[str, ...] = ()
+    also: dict[str, str] = field(default_factory=dict)
+    is_open: bool = False  # takes no API key
+
+
+OPERATIONS = (
+    Operation(
+        "post", "/v1/chat/completions", "Answers a conversation.", chat.ChatRequest,
+        ("id", "object", "created", "model", "choices", "usage"), streams=True,
+    ),
+    Operation(
+        "post", "/v1/completions", "Goes on with texts.", completions.CompletionRequest,
+        ("id", "object", "created", "model", "choices", "usage"), streams=True,
+    ),
+    Operation(
+        "post", "/v1/embeddings", "Embeds texts.", embeddings.EmbeddingRequest,
+        ("object", "data", "model", "usage"),
+    ),
+    Operation(
+        "post", "/tokenize", "Tokens of a text or a conversation.", tokens.TokenizeRequest,
+        ("count", "max_model_len", "tokens"),
+    ),
+    Operation(
+        "post", "/detokenize", "The text of tokens.", tokens.DetokenizeRequest, ("prompt",)
+    ),
+    Operation("get", "/v1/models", "The models served.", required=("object", "data")),
+    Operation("get", "/v1/models/{id}", "One model.", required=("id", "object", "created")),
+    Operation(
+        "get", "/health", "Whether requests are answered.", required=("status",), is_open=True,
+        also={"503": "They are not; reason says why."},
+    ),
+    Operation(
+        "get", "/ready", "The same as /health.", required=("status",), is_open=True,
+        also={"503": "They are not; reason says why."},
+    ),
+    Operation("get", "/version", "The server's version.", required=("version",)),
+    Operation(
+        "get", "/load", "How busy the engine is.",
+        required=("running", "waiting", "kv_cache_usage", "live_requests", "age_seconds"),
+    ),
+    Operation(
+        "get", "/metrics", "Metrics for Prometheus.",
+        content_types=(TEXT, "application/openmetrics-text"),
+    ),
+    Operation(
+        "get", "/debug/engine", "The engine's blocks and sequences.",
+        required=("num_blocks", "block_size", "blocks", "running", "waiting", "kv_usage"),
+    ),
+    Operation("get", "/openapi.json", "This description.", required=("openapi", "paths")),
+)  # fmt: skip
+
+
+def describe(operations: tuple[Operation, ...], has_keys: bool) -> dict[str, Any]:
+    """The OpenAPI document. has_keys: whether the server asks for API keys."""
+    bodies = [operation.body for operation in operations if operation.body is not None]
+    references, schemas = models_json_schema(
+        [(body, "validation") for body in bodies], ref_template=REF
+    )
+    body_schemas = {body: references[body, "validation"] for body in bodies}
+    paths: dict[str, dict[str, Any]] = {}
+    for operation in operations:
+        described = _describe(operation, has_keys)
+        if operation.body is not None:
+            schema = body_schemas[operation.body]
+            described["requestBody"] = {"required": True, "content": {JSON: {"schema": schema}}}
+        paths.setdefault(operation.path, {})[operation.method] = described
+    components: dict[str, Any] = {"schemas": {"Error": ERROR, **schemas.get("$defs", {})}}
+    if has_keys:
+        components["securitySchemes"] = {KEY: {"type": "http", "scheme": "bearer"}}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "jaxllm", "version": jaxllm.__version__},
+        "paths": paths,
+        "components": components,
+    }
+
+
+def _describe(operation: Operation, has_keys: bool) -> dict[str, Any]:
+    success = _success(operation)
+    found: dict[str, Any] = {
+        "summary": operation.summary,
+        "operationId": f"{operation.method}{operation.path.translate(_NAMES)}",
+        "responses": {
+            "200": {"description": "Success.", "content": success},
+            **{
+                status: {"description": text, "content": success}
+                for status, text in operation.also.items()
+            },
+            "default": {
+                "description": "An error.",
+                "content": {JSON: {"schema": {"$ref": REF.format(model="Error")}}},
+            },
+        },
+    }
+    if "{id}" in operation.path:
+        parameter = {"name": "id", "in": "path", "required": True, "schema": STRING}
+        found["parameters"] = [parameter]
+    if has_keys and not operation.is_open:
+        found["security"] = [{KEY: []}]
+    return found
+
+
+_NAMES = str.maketrans({"/": "_", ".": "_", "{": None, "}": None})
+
+
+def _success(operation: Operation) -> dict[str, Any]:
+    if operation.content_types:
+        return {name: {"schema": STRING} for name in operation.content_types}
+    content: dict[str, Any] = {JSON: {"schema": {**OBJECT, "required": [*operation.required]}}}
+    if operation.streams:
+        content[EVENTS] = {"schema": STRING}
+    return content
+
+
+def add_routes(app: web.Application) -> None:
+    """Registers the route of this file."""
+    text = json.dumps(describe(OPERATIONS, bool(app[CONTEXT].keys)))
+
+    async def get_description(_: web.Request) -> web.Response:
+        return web.Response(text=text, content_type=JSON)
+
+    app.router.add_get("/openapi.json", get_description)
