@@ -290,7 +290,8 @@ class Engine:
                 continue
             try:
                 if not is_finite:
-                    self.scheduler.forget_content(scheduled.sequence)
+                    if self.scheduler.isolate(scheduled.sequence):
+                        continue
                     raise ArithmeticError("the model's logits are not finite")
                 self._take_result(state, row, token_ids[row], result)
             except Exception as error:

@@ -132,10 +132,18 @@ class Scheduler:
         sequence.status = SequenceStatus.FINISHED
         sequence.finish_reason = reason
 
-    def forget_content(self, sequence: Sequence) -> None:
-        """What the sequence computed is wrong: none of its blocks may be found any more."""
+    def isolate(self, sequence: Sequence) -> bool:
+        """What a running sequence computed is wrong, be it by its own fault or by that of one whose
+        blocks it shares. None of its blocks is found any more, and it is computed again without
+        sharing any. False, and only the former, if it shared none."""
         for block in sequence.block_table:
             self.pool.forget(block)
+        if sequence.is_isolated or not self.pool.enable_prefix_caching:
+            return False
+        sequence.is_isolated = True
+        self._running.remove(sequence)
+        self._preempt(sequence)
+        return True
 
     def restart(self, sequences: Iterable[Sequence]) -> None:
         """After the device lost its state: these unfinished sequences, which must be all, wait to
@@ -200,14 +208,18 @@ class Scheduler:
         """Allocates for a running sequence, preempting the youngest as long as that is needed."""
         while self.pool.num_free_blocks < count:
             victim = self._running.pop()
-            self._release(victim)
-            self._count_preemption(victim)
-            victim.status = SequenceStatus.WAITING
-            self._waiting.add(victim)
+            self._preempt(victim)
             if victim is sequence:
                 return False
         sequence.block_table += self.pool.allocate(count)
         return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Puts a sequence that no longer counts as running back into the queue."""
+        self._release(sequence)
+        self._count_preemption(sequence)
+        sequence.status = SequenceStatus.WAITING
+        self._waiting.add(sequence)
 
     def _count_preemption(self, sequence: Sequence) -> None:
         sequence.num_preemptions += 1
@@ -222,7 +234,7 @@ class Scheduler:
 
     def _register(self, sequence: Sequence, start: int, end: int) -> None:
         """Makes the blocks that this step fills findable, for others of this very step too."""
-        if not self.pool.enable_prefix_caching:
+        if not self.pool.enable_prefix_caching or sequence.is_isolated:
             return
         block_size = self.config.block_size
         hashes = sequence.block_hashes
@@ -262,7 +274,9 @@ class Scheduler:
     def _cached_blocks(self, sequence: Sequence) -> list[int]:
         """The blocks of the pool that the sequence can begin with. At least one token is left to
         compute; all are where something is wanted of each token of the prompt."""
-        if not self.pool.enable_prefix_caching or _reads_whole_prompt(sequence):
+        if not self.pool.enable_prefix_caching or sequence.is_isolated:
+            return []
+        if _reads_whole_prompt(sequence):
             return []
         block_size = self.config.block_size
         hashes = sequence.block_hashes

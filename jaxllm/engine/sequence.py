@@ -47,6 +47,7 @@ class Sequence:
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0  # of the prompt, found in the pool at first admission
     num_preemptions: int = 0
+    is_isolated: bool = False  # shares no blocks, neither as reader nor as writer
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 

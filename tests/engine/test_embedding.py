@@ -12,6 +12,7 @@ from fake_runner import EOS, VOCAB_SIZE, FakeRunner, ids
 from jaxllm.config import EngineConfig
 from jaxllm.engine.engine import Engine, Request
 from jaxllm.engine.request import NO_SAMPLING
+from jaxllm.engine.sequence import Sequence
 from jaxllm.outputs import EmbeddingRequestOutput, RequestFailedError, RequestOutput
 from jaxllm.pooling_params import PoolingParams
 from jaxllm.sampling_params import RequestOutputKind, SamplingParams
@@ -161,6 +162,27 @@ def test_blocks_that_are_not_finite_are_not_shared() -> None:
     output = run(engine, generate("good", LONG_PROMPT[:16], max_tokens=1))["good"]
     assert output.num_cached_tokens == 0
     assert output.outputs[0].finish_reason == "length"
+
+
+def test_who_shares_blocks_with_a_sequence_that_is_not_finite_is_computed_again() -> None:
+    """It reads NaN too, in the step that shows it, and shares no block from then on."""
+    reads: dict[str, int] = {}
+
+    def is_ok(sequence: Sequence) -> bool:
+        reads[sequence.request_id] = reads.get(sequence.request_id, 0) + 1
+        return sequence.request_id != "bad" and sequence.is_isolated
+
+    prompts = {"bad": [*LONG_PROMPT[:4], 3], "victim": [*LONG_PROMPT[:4], 4]}
+    requests = {
+        name: generate(name, prompt, max_tokens=3, seed=1) for name, prompt in prompts.items()
+    }
+    expected = run(make_engine(), requests["victim"])["victim"].outputs
+    engine = make_engine(is_ok=is_ok)
+    outputs = run(engine, *requests.values())
+    assert outputs["bad"].outputs[0].finish_reason == "error"
+    assert outputs["victim"].outputs == expected
+    assert reads == {"bad": 2, "victim": 4}
+    assert engine.scheduler.pool.num_cached_blocks == 0
 
 
 def test_a_mean_that_is_not_finite_is_an_error() -> None:
