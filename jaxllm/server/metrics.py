@@ -16,14 +16,13 @@ from itertools import accumulate
 from statistics import median
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
     HistogramMetricFamily,
     Metric,
 )
-from prometheus_client.exposition import choose_encoder
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
@@ -42,6 +41,7 @@ ANSWERS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 FINISH_REASONS = ("stop", "length", "abort", "error", "timeout")
 METHODS = ("GET", "POST", "OPTIONS", "HEAD", "PUT", "DELETE", "PATCH")
 OTHER = "other"
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 NUM_TTFT_KEPT = 100
 PREFIX = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
 
@@ -227,10 +227,10 @@ class Metrics:
         """The engine's latest counters. Earlier ones that come late are passed over."""
         self._engine.update(stats)
 
-    def render(self, accept: str | None = None) -> tuple[bytes, str]:
-        """The exposition in the format that the Accept header prefers, and its content type."""
-        encode, content_type = choose_encoder(accept or "")
-        return encode(self.registry), content_type
+    def render(self) -> bytes:
+        """The exposition, of CONTENT_TYPE. Only the classic format: as OpenMetrics the library
+        would write the colons of the names as underscores."""
+        return generate_latest(self.registry)
 
 
 class _EngineCollector(Collector):

@@ -40,8 +40,8 @@ ERROR = {
 @dataclass(frozen=True)
 class Operation:
     """One route. body: the model of its JSON body. required: of a JSON answer, the fields that are
-    always there. streams: whether it can answer with events. content_types: of an answer that is
-    no JSON. also: further statuses, with what they mean, whose body is that of a success."""
+    always there. streams: whether it can answer with events. content_type: of a success. also:
+    further statuses, with what they mean, whose body is that of a success."""
 
     method: str
     path: str
@@ -49,7 +49,7 @@ class Operation:
     body: type[BaseModel] | None = None
     required: tuple[str, ...] = ()
     streams: bool = False
-    content_types: tuple[str, ...] = ()
+    content_type: str = JSON
     also: dict[str, str] = field(default_factory=dict)
     is_open: bool = False  # takes no API key
 
@@ -91,7 +91,7 @@ OPERATIONS = (
     ),
     Operation(
         "get", "/metrics", "Metrics for Prometheus.",
-        content_types=(TEXT, "application/openmetrics-text"),
+        content_type=TEXT,
     ),
     Operation(
         "get", "/debug/engine", "The engine's blocks and sequences.",
@@ -155,8 +155,8 @@ _NAMES = str.maketrans({"/": "_", ".": "_", "{": None, "}": None})
 
 
 def _success(operation: Operation) -> dict[str, Any]:
-    if operation.content_types:
-        return {name: {"schema": STRING} for name in operation.content_types}
+    if operation.content_type != JSON:
+        return {operation.content_type: {"schema": STRING}}
     content: dict[str, Any] = {JSON: {"schema": {**OBJECT, "required": [*operation.required]}}}
     if operation.streams:
         content[EVENTS] = {"schema": STRING}

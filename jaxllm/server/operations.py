@@ -19,6 +19,7 @@ import jaxllm
 from jaxllm.async_engine import AsyncEngine, EngineDeadError, EngineSnapshot, EngineStats
 from jaxllm.server.context import CONTEXT, ServerContext
 from jaxllm.server.errors import RETRY_AFTER, ApiError
+from jaxllm.server.metrics import CONTENT_TYPE
 
 ANSWER_SECONDS = 0.25
 RATE_SECONDS = 5.0  # the window of tokens_per_second
@@ -124,9 +125,8 @@ class Operations:
             stats = await self.stats.get(engine)
             if stats is not None:
                 metrics.update_engine(stats)
-        accept = request.headers.get("Accept")
-        body, content_type = await asyncio.to_thread(metrics.render, accept)
-        return web.Response(body=body, headers={"Content-Type": content_type})
+        body = await asyncio.to_thread(metrics.render)
+        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
 
     async def engine(self, request: web.Request) -> web.Response:
         """The engine's blocks and sequences, for the page."""
