@@ -82,7 +82,6 @@ def padding(model: str, cache_dir: str) -> Figures:
 
     random = np.random.default_rng(0)
     lens = random.integers(1, [200, 64], (500, 2)).tolist()  # of prompt and answer
-    prompts = [random.integers(100, 40000, prompt_len).tolist() for prompt_len, _ in lens]
     params = [
         SamplingParams(temperature=i % 2, seed=i, max_tokens=answer_len, ignore_eos=True)
         for i, (_, answer_len) in enumerate(lens)
@@ -90,6 +89,8 @@ def padding(model: str, cache_dir: str) -> Figures:
     options = {"max_model_len": 512, "forbid_compile": True}
     with LLM(model, cache_dir=cache_dir, **options) as llm:
         jax.monitoring.register_event_duration_secs_listener(listener)
+        vocab_size = llm.engine.vocab_size
+        prompts = [random.integers(100, vocab_size, length).tolist() for length, _ in lens]
         started = time.perf_counter()
         llm.generate(prompts, params, use_tqdm=False)
         seconds = time.perf_counter() - started
