@@ -26,6 +26,7 @@ import aiohttp
 WORDS = ("the", "fox", "dog", "house", "model", "small", "once", "upon", "a", "time", "brown")
 NUM_PROMPTS = 16
 MOST_TROUBLES = 20
+HELD = ("running", "waiting", "kv_cache_usage", "live_requests")  # of an answer of /load
 INVALID: list[tuple[Any, int]] = [  # bodies, or changes of a valid one, and the status they deserve
     (b'{"model": ', 400),
     (b"[" * 1000, 400),
@@ -235,7 +236,7 @@ class LoadTest:
                     self.report.counts["without_load_route"] = 1
                     return
                 load = await response.json()
-            if not any(load.get(name) for name in ("running", "waiting", "kv_usage")):
+            if not any(load.get(name) for name in HELD):
                 return
             await asyncio.sleep(0.05)
         self.report.trouble(f"not idle after 5 s: {load}")
