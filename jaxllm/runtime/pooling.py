@@ -18,15 +18,13 @@ def pool_hidden(
     """The pooled vector [S, E] float32 of each row, and the new sums. A row's vector is complete in
     the step that computes the last token of its prompt, and zero if it does not embed.
 
-    A batch without embeddings computes nothing: the loop runs once or not at all. It is a loop and
-    not a condition because XLA copies what a condition passes on, and a loop's sums stay in place.
+    A batch without embeddings computes nothing, and the sums are updated in place or passed on.
     """
     is_mean = batch["pooling"] == POOLING_CODES["mean"]  # [S]
     is_last = batch["pooling"] == POOLING_CODES["last"]  # [S]
     num_seqs, num_slots = is_mean.shape[0], sums.shape[0]
 
-    def pool(_: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        _, sums = carry
+    def pool(sums: jax.Array) -> tuple[jax.Array, jax.Array]:
         wide = hidden.astype(jnp.float32)
         counted = rows.valid & is_mean[rows.sequence]
         # No product with a mask: it would carry one sequence's NaN into the others.
@@ -43,7 +41,8 @@ def pool_hidden(
         written = jnp.where(is_mean, batch["slots"], num_slots)  # out of range: dropped
         return pooled, sums.at[written].set(total, mode="drop")
 
-    num_rounds = jnp.any(batch["pooling"] > 0).astype(jnp.int32)
-    none = jnp.zeros((num_seqs, hidden.shape[1]), jnp.float32)
-    pooled, sums = jax.lax.fori_loop(0, num_rounds, pool, (none, sums))
+    def no_pool(sums: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.zeros((num_seqs, hidden.shape[1]), jnp.float32), sums
+
+    pooled, sums = jax.lax.cond(jnp.any(batch["pooling"] > 0), pool, no_pool, sums)
     return pooled, sums
