@@ -75,9 +75,9 @@ async def start_site(runner: web.AppRunner) -> int:
     """Listens as the app's options say and returns the port. Raises OSError or ValueError."""
     options = runner.app[CONTEXT].options
     tls = _tls_context(options)
-    await runner.setup()
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     sock = socket.create_server((options.host, options.port), family=family, backlog=1024)
+    await runner.setup()  # the engine is made only if there is a port to serve it at
     await _Site(runner, sock, tls).start()
     return sock.getsockname()[1]
 
