@@ -17,6 +17,7 @@ from jaxllm.server.context import CONTEXT
 JSON, TEXT, EVENTS = "application/json", "text/plain", "text/event-stream"
 OBJECT: dict[str, Any] = {"type": "object"}
 STRING: dict[str, Any] = {"type": "string"}
+EVENT = {**OBJECT, "required": ["data"], "properties": {"data": STRING}}  # each of the stream
 REF = "#/components/schemas/{model}"
 KEY = "key"
 ERROR = {
@@ -159,7 +160,7 @@ def _success(operation: Operation) -> dict[str, Any]:
         return {operation.content_type: {"schema": STRING}}
     content: dict[str, Any] = {JSON: {"schema": {**OBJECT, "required": [*operation.required]}}}
     if operation.streams:
-        content[EVENTS] = {"schema": STRING}
+        content[EVENTS] = {"schema": EVENT}
     return content
 
 
