@@ -110,6 +110,7 @@ def test_flags_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         enable_prefix_caching=False,
         seed=7,
         cache_dir=Path.home() / "there",
+        compilation="on_demand",
         forbid_compile=True,
     )
 

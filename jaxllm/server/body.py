@@ -16,6 +16,8 @@ from jaxllm.server.context import CONTEXT
 from jaxllm.server.errors import ApiError
 
 Body = TypeVar("Body", bound=BaseModel)
+QUICK_BYTES = 32 * 1024  # more is parsed on a thread: others' streams go on meanwhile
+MAX_CONTAINERS = 100_000
 # Strings, also one that does not end, and brackets. No backtracking: each character once.
 _TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*+"?|[\[{]|[\]}]', re.DOTALL)
 
@@ -28,21 +30,30 @@ class StrictModel(BaseModel):
 
 async def read_body(request: web.Request, model: type[Body]) -> Body:
     """The request's body as a model. Raises ApiError: 400, 413, 415."""
-    content = await read_json(request)
+    raw = await _read_checked(request)
+    max_depth = request.app[CONTEXT].options.max_json_depth
+    if len(raw) <= QUICK_BYTES:
+        return _parse_as(raw, max_depth, model)
+    return await asyncio.to_thread(_parse_as, raw, max_depth, model)
+
+
+async def read_json(request: web.Request) -> dict[str, Any]:
+    """The JSON object in the request's body."""
+    raw = await _read_checked(request)
+    return await asyncio.to_thread(_parse, raw, request.app[CONTEXT].options.max_json_depth)
+
+
+def _parse_as(raw: bytes, max_depth: int, model: type[Body]) -> Body:
+    content = _parse(raw, max_depth)
     try:
         return model.model_validate(content)
     except ValidationError as error:
         raise _of_validation(error, content) from None
 
 
-async def read_json(request: web.Request) -> dict[str, Any]:
-    """The JSON object in the request's body."""
-    options = request.app[CONTEXT].options
-    if request.content_type != "application/json":  # also keeps other origins' forms out
-        raise ApiError(415, "the body must be JSON, with Content-Type: application/json")
-    raw = await _read(request)
-    if nesting(raw) > options.max_json_depth:
-        raise ApiError(400, f"the JSON is nested more than {options.max_json_depth} levels deep")
+def _parse(raw: bytes, max_depth: int) -> dict[str, Any]:
+    if nesting(raw, max_depth) > max_depth:
+        raise ApiError(400, f"the JSON is nested more than {max_depth} levels deep")
     try:
         content = json.loads(raw, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
@@ -50,6 +61,12 @@ async def read_json(request: web.Request) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ApiError(400, "the body must be a JSON object", code="invalid_json")
     return content
+
+
+async def _read_checked(request: web.Request) -> bytes:
+    if request.content_type != "application/json":  # also keeps other origins' forms out
+        raise ApiError(415, "the body must be JSON, with Content-Type: application/json")
+    return await _read(request)
 
 
 async def _read(request: web.Request) -> bytes:
@@ -71,14 +88,20 @@ async def _read(request: web.Request) -> bytes:
     return bytes(raw)
 
 
-def nesting(raw: bytes) -> int:
-    """How deep brackets outside of strings are nested, without parsing."""
-    depth = deepest = 0
+def nesting(raw: bytes, limit: int) -> int:
+    """How deep brackets outside of strings are nested, without parsing; stops above the limit.
+    Raises ApiError if there are more of them than any request needs."""
+    depth = deepest = num_opened = 0
     for match in _TOKENS.finditer(raw):
         first = raw[match.start()]
         if first in b"[{":
             depth += 1
+            num_opened += 1
             deepest = max(deepest, depth)
+            if deepest > limit:
+                break
+            if num_opened > MAX_CONTAINERS:
+                raise ApiError(400, f"the JSON has more than {MAX_CONTAINERS} arrays and objects")
         elif first in b"]}":
             depth -= 1
     return deepest

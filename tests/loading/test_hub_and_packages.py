@@ -158,7 +158,11 @@ def test_an_existing_path_wins_over_other_meanings(
     "name", ["", "no-such-model", "a/b/c", "/no/folder", "./x", "x/y.gguf", "../a", "~nobody/x",
              "a" * 5000, "a\0b"],
 )  # fmt: skip
-def test_a_name_that_means_nothing_lists_what_would_do(name: str) -> None:
+def test_a_name_that_means_nothing_lists_what_would_do(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(
         ModelError, match=r"no model .*\.gguf file.*smollm2-135m-instruct.*org/name"
     ):

@@ -19,7 +19,7 @@ from server_on_a_thread import RunningServer, running_server
 from jaxllm import AsyncEngine
 from jaxllm.server.app import short_name
 from jaxllm.server.body import nesting
-from jaxllm.server.errors import to_api_error
+from jaxllm.server.errors import ApiError, to_api_error
 from jaxllm.server.options import ServerOptions
 
 CHAT: Any = {"messages": [{"role": "user", "content": "Hello"}], "temperature": 0}
@@ -109,6 +109,14 @@ def test_errors_of_the_http_library_have_the_same_shape(http: httpx.Client) -> N
     for body in (b"", b"{", b"[]", b'{"a": NaN}', b'{"a": 1e999}', b"\xff", b"1" * 5000):
         reply = http.post(URL, content=body, headers={"Content-Type": "application/json"})
         check_error(reply, 400)
+
+
+def test_a_long_body_is_read_as_a_short_one(http: httpx.Client) -> None:
+    """It is parsed on a thread."""
+    body = {"prompt": "a", "metadata": {"x": "y" * 100_000}, "max_tokens": 1, "unknown": 1}
+    assert check_error(http.post("/v1/completions", json=body), 400)["param"] == "unknown"
+    del body["unknown"]
+    assert http.post("/v1/completions", json=body).status_code == 200
 
 
 def test_a_request_id_of_the_client_is_checked_and_echoed(http: httpx.Client) -> None:
@@ -305,7 +313,13 @@ def test_a_slow_reader_does_not_hold_others_up(server: RunningServer) -> None:
     ],
 )
 def test_nesting_is_counted_outside_of_strings(raw: bytes, depth: int) -> None:
-    assert nesting(raw) == depth
+    assert nesting(raw, limit=1000) == depth
+
+
+def test_nesting_stops_where_it_is_too_deep_or_too_much() -> None:
+    assert nesting(b"[" * 10**6, limit=64) == 65
+    with pytest.raises(ApiError, match="100000"):
+        nesting(b"[" + b"[]," * 200_000, limit=64)
 
 
 def test_names_of_models_tell_nothing_of_the_machine(tmp_path: Path) -> None:
