@@ -213,8 +213,7 @@ def _memory_plan(model: Model, config: EngineConfig, runner: ModelRunner) -> Mem
     process = 0
     if runner.device.platform == "cpu":
         process = max(0, memory.process_bytes() - parameters - pool - state)
-        if runner.compiles():
-            process += memory.COMPILER_BYTES
+        process += runner.program_bytes_to_come()
     return MemoryPlan(parameters, pool, state, runner.temporaries(), process)
 
 

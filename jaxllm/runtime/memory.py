@@ -14,7 +14,10 @@ from jaxllm.config import ModelConfig
 GIB = 1 << 30
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 CPU_SHARE = 0.25  # of the machine's memory for the pool: on a CPU others live there too
-COMPILER_BYTES = 256 << 20  # what compiling the rest of the buckets takes for a while
+# Of host memory, measured with a model of 30 layers on CPU: what each program takes once it is
+# loaded, and the compiler beside that.
+PROGRAM_BYTES = 25 << 20
+COMPILER_BYTES = 200 << 20
 RESERVE_SHARE = 0.04  # of an accelerator's memory, for the runtime and fragmentation
 
 

@@ -131,11 +131,17 @@ class ModelRunner:
         self._compiler.close()
         self._params = self._state = None
 
-    def compiles(self) -> bool:
-        """Whether programs are still to be compiled, as far as one can tell: where the first ones
-        came from the cache, so will the others."""
-        all_ready = self._compiler.num_ready == self._compiler.num_programs
-        return not all_ready and self._compiler.num_compiled > 0
+    def program_bytes_to_come(self) -> int:
+        """Host memory that the programs which are not ready will take, as far as one can tell:
+        where the first ones came from the cache, so will the others."""
+        compiler = self._compiler
+        missing = compiler.num_programs - compiler.num_ready
+        if self._on_demand:
+            missing = min(missing, NUM_FIRST_BUCKETS)
+        if not missing:
+            return 0
+        compiling = memory.COMPILER_BYTES if compiler.num_compiled else 0
+        return missing * memory.PROGRAM_BYTES + compiling
 
     def temporaries(self) -> int:
         """Bytes that a step needs beside its arguments: the largest by the compiler's figures, or
