@@ -121,6 +121,11 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature < GREEDY_TEMPERATURE
 
+    def all_stop_token_ids(self, eos_token_ids: Sequence[int]) -> frozenset[int]:
+        """The tokens that end an answer: the request's own and, unless ignored, the model's."""
+        eos = () if self.ignore_eos else eos_token_ids
+        return frozenset((*eos, *(self.stop_token_ids or ())))
+
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises ValueError if a token id of any option is outside [0, vocab_size)."""
         for name in ("stop_token_ids", "allowed_token_ids", "banned_token_ids", "logit_bias"):

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import re
 import statistics
 import subprocess
@@ -20,13 +18,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from measuring import Figures, machine, report
+
 MODEL = "smollm2-135m-instruct"
 PROMPT = "The capital of France is"
-Figures = dict[str, float | int | str]
 
 
 # ---- in the process that is measured
@@ -186,22 +184,6 @@ CHILDREN: dict[str, Callable[[str, str], Figures]] = {
 }
 
 
-def machine() -> Figures:
-    """What the figures depend on."""
-    import psutil
-
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.is_file() else []
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "processor": names[0] if names else platform.processor(),
-        "cores": os.cpu_count() or 0,
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "load_before": os.getloadavg()[0],
-        "python": platform.python_version(),
-    }
-
-
 def main() -> None:
     """Measures what was asked for, prints it, and keeps it where --json says."""
     parser = argparse.ArgumentParser(description="figures of the engine on this machine")
@@ -223,14 +205,7 @@ def main() -> None:
         results[name] = (
             startup(args.model, args.runs) if is_startup else in_own_process(name, args.model)
         )
-    for name, figures in results.items():
-        for key, value in figures.items():
-            shown = f"{value:.3f}" if isinstance(value, float) else value
-            print(f"{name:8} {key:26} {shown}")
-    text = json.dumps(results, indent=1)
-    print(text)
-    if args.json:
-        args.json.write_text(text + "\n")
+    report(results, args.json)
 
 
 if __name__ == "__main__":

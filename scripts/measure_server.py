@@ -12,8 +12,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
-import platform
 import re
 import socket
 import statistics
@@ -21,15 +19,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+
+from measuring import Figures, machine, report
 
 MODEL = "smollm2-135m-instruct"
 ENGINE = {"max_model_len": 512, "max_num_seqs": 32}
 NUM_STREAMS, PROMPT_LEN, ANSWER_LEN = 32, 32, 128  # tokens
 NUM_FIRST_TOKENS = 15
-Figures = dict[str, Any]
 
 
 def prompts(seed: int, count: int) -> list[list[int]]:
@@ -47,7 +44,7 @@ def engine_child(model: str) -> None:
     """Loads the engine, says when it is ready, and does what each line of stdin asks for."""
     from jaxllm import LLM, SamplingParams
 
-    with LLM(model, wait_for_compile=True, **ENGINE) as llm:  # type: ignore[arg-type]
+    with LLM(model, compilation="ahead", **ENGINE) as llm:  # type: ignore[arg-type]
         print(json.dumps({"ready": True}), flush=True)
         for line in sys.stdin:
             asked = json.loads(line)
@@ -104,7 +101,8 @@ def free_port() -> int:
 def server(model: str, *options: str) -> Iterator[str]:
     """Starts `jaxllm serve`, waits until it is ready, and gives its address."""
     port = free_port()
-    command = [sys.executable, "-m", "jaxllm.cli", "serve", model, "--port", str(port), *options]
+    script = str(Path(__file__).with_name("serve.py"))  # what `jaxllm serve` runs
+    command = [sys.executable, script, model, "--port", str(port), *options]
     for name, value in ENGINE.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
     quiet = subprocess.DEVNULL
@@ -165,7 +163,7 @@ def overhead(model: str, runs: int) -> Figures:
     """Output tokens/s of 32 concurrent streams against LLM.generate."""
     ratios, of_server, of_engine = [], [], []
     engine = EngineProcess(model)
-    with server(model, "--wait-for-compile") as url:
+    with server(model, "--compilation", "ahead") as url:
         asyncio.run(stream_all(url, prompts(1000, NUM_STREAMS), 8))
         engine.generate(1000, NUM_STREAMS, 8)
         for seed in range(runs):
@@ -188,7 +186,7 @@ def ttft(model: str, runs: int) -> Figures:
     """First token of an idle server for a prompt of 32 tokens against the engine's prefill."""
     of_server, of_engine = [], []
     engine = EngineProcess(model)
-    with server(model, "--wait-for-compile") as url:
+    with server(model, "--compilation", "ahead") as url:
         for seed in range(2000, 2000 + NUM_FIRST_TOKENS * runs):
             of_engine.append(1e3 * engine.generate(seed, 1, 1)["seconds"])
             served = asyncio.run(stream_all(url, prompts(seed, 1), 2))
@@ -227,22 +225,6 @@ def start(model: str, runs: int) -> Figures:
     }
 
 
-def machine() -> Figures:
-    """What the figures depend on."""
-    import psutil
-
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.is_file() else []
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "processor": names[0] if names else platform.processor(),
-        "cores": os.cpu_count() or 0,
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "load_before": os.getloadavg()[0],
-        "python": platform.python_version(),
-    }
-
-
 FIGURES = {"overhead": overhead, "ttft": ttft, "start": start}
 
 
@@ -263,14 +245,7 @@ def main() -> None:
     results = {"machine": machine()}
     for name in args.figures or FIGURES:
         results[name] = FIGURES[name](args.model, args.runs)
-    for name, figures in results.items():
-        for key, value in figures.items():
-            shown = f"{value:.3f}" if isinstance(value, float) else value
-            print(f"{name:8} {key:26} {shown}")
-    text = json.dumps(results, indent=1)
-    print(text)
-    if args.json:
-        args.json.write_text(text + "\n")
+    report(results, args.json)
 
 
 if __name__ == "__main__":

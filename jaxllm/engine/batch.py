@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -237,7 +236,7 @@ def table_row(sequence: Sequence, vocab_size: int) -> tuple[np.ndarray, np.ndarr
     params = sequence.params
     info = np.bincount(sequence.output_token_ids, minlength=vocab_size).astype(np.int32)
     info[sequence.token_ids[: sequence.num_prompt_tokens]] |= IN_PROMPT
-    info[list(stop_token_ids(sequence))] |= IS_STOP
+    info[list(params.all_stop_token_ids(sequence.eos_token_ids))] |= IS_STOP
     bias = np.zeros(vocab_size, np.float32)
     if params.allowed_token_ids is not None:
         bias[:] = -np.inf
@@ -246,12 +245,6 @@ def table_row(sequence: Sequence, vocab_size: int) -> tuple[np.ndarray, np.ndarr
         bias[token_id] += value
     bias[list(params.banned_token_ids or ())] = -np.inf
     return info, bias
-
-
-def stop_token_ids(sequence: Sequence) -> Iterable[int]:
-    """The tokens that end a sequence: those of the request and, unless ignored, the model's."""
-    eos = () if sequence.params.ignore_eos else sequence.eos_token_ids
-    return {*eos, *(sequence.params.stop_token_ids or ())}
 
 
 def _as_int32(value: int) -> int:

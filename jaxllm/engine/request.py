@@ -95,7 +95,7 @@ class Request:
         params = self.params
         excluded = {*(params.banned_token_ids or ())}
         if params.min_tokens:
-            excluded.update(() if params.ignore_eos else eos_token_ids, params.stop_token_ids or ())
+            excluded.update(params.all_stop_token_ids(eos_token_ids))
         if params.allowed_token_ids is None:
             if len(excluded) == vocab_size:
                 raise ValueError(
@@ -186,8 +186,7 @@ class SequenceState:
         self.detokenizer = detokenizer
         self.logprobs: list[TokenLogprobs] = []
         self.cumulative_logprob = 0.0
-        eos: tuple[int, ...] = () if params.ignore_eos else sequence.eos_token_ids
-        self._stop_ids = frozenset((*eos, *(params.stop_token_ids or ())))
+        self._stop_ids = params.all_stop_token_ids(sequence.eos_token_ids)
         room = max_model_len - sequence.num_prompt_tokens
         self._max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         # Nobody sees the text before the end and nothing stops at it: detokenized in one go then.

@@ -154,37 +154,30 @@ class ModelRunner:
         analysis = self._compiler.get(largest).memory_analysis()
         return analysis.temp_size_in_bytes if analysis else 0
 
-    def abstract_state(self) -> State:
-        """The device state with a jax.ShapeDtypeStruct for each array."""
+    def _new_state(self) -> State:
+        """The device state with nothing in it; called inside a trace only."""
         config, vocab_size = self.config, self.model.config.vocab_size
         pool = kv_cache.abstract_pool(
             self.model.config, config.num_blocks, config.block_size, self.model.dtype,
             self.device.platform,
         )  # fmt: skip
         num_slots = config.max_num_seqs
-
-        def build() -> State:
-            return State(
-                jnp.zeros(pool.shape, pool.dtype),
-                jnp.zeros((num_slots,), jnp.int32),
-                jnp.zeros((num_slots, vocab_size), jnp.int32),
-                jnp.zeros((num_slots, vocab_size), jnp.float32),
-                jnp.zeros((num_slots, self.model.config.hidden_size), jnp.float32),
-            )
-
-        return jax.eval_shape(build)
+        return State(
+            jnp.zeros(pool.shape, pool.dtype),
+            jnp.zeros((num_slots,), jnp.int32),
+            jnp.zeros((num_slots, vocab_size), jnp.int32),
+            jnp.zeros((num_slots, vocab_size), jnp.float32),
+            jnp.zeros((num_slots, self.model.config.hidden_size), jnp.float32),
+        )
 
     def _submit_programs(self) -> None:
-        state = self.abstract_state()
+        state = jax.eval_shape(self._new_state)
         params = tuple(jax.tree.leaves(self.model.abstract_parameters()))
         state_tree = jax.tree.structure(state)
         key = (self.model.config, self.model.layer_loop, str(self.model.dtype), self._options)
 
-        def allocate() -> State:
-            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)
-
         submit = self._compiler.submit
-        submit(ALLOCATE, allocate, (), state_tree, donate=None, key=(*key, state))
+        submit(ALLOCATE, self._new_state, (), state_tree, donate=None, key=(*key, state))
         out_tree = jax.tree.structure((state, _outputs_tree()))
         for number, bucket in enumerate(self._order):
             layout = self._layouts[bucket]

@@ -17,7 +17,6 @@ from jaxllm.engine.batch import (
     BatchPacker,
     Bucket,
     PackedLayout,
-    stop_token_ids,
     table_row,
     uses_table,
 )
@@ -289,4 +288,4 @@ def test_table_row_biases_allows_and_bans() -> None:
     ],
 )
 def test_stop_token_ids(options: dict[str, Any], expected: set[int]) -> None:
-    assert set(stop_token_ids(sequence_of(0, eos=(4, 9), **options))) == expected
+    assert SamplingParams(**options).all_stop_token_ids((4, 9)) == expected
