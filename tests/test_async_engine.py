@@ -15,8 +15,9 @@ import pytest
 
 from jaxllm import LLM, AsyncEngine, CompletionOutput, RequestOutput, RequestOutputKind
 from jaxllm import SamplingParams as Params
-from jaxllm.async_engine import EngineDeadError, merge_deltas
+from jaxllm.async_engine import EngineDeadError
 from jaxllm.engine.engine import QueueFullError
+from jaxllm.engine_mailbox import merge_deltas
 
 PROMPTS = ["The quick brown", "Once upon a time", "What is", "The dog", "In the house", "a"]
 GREEDY = Params(temperature=0, max_tokens=24, ignore_eos=True)

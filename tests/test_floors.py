@@ -35,6 +35,7 @@ FLOORS = {
     "jaxllm.startup": 5,
     "jaxllm.llm": 5,
     "jaxllm.engine_thread": 5,
+    "jaxllm.engine_mailbox": 5,
     "jaxllm.async_engine": 5,
     "jaxllm.server": 6,
     "jaxllm.cli": 6,
