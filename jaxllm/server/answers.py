@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+from jaxllm.async_engine import AsyncEngine
+from jaxllm.sampling_params import SamplingParams
 from jaxllm.server.context import ServerContext
 from jaxllm.server.errors import ApiError
+from jaxllm.server.generation import Outputs, Start
 from jaxllm.server.options import ServerOptions
 from jaxllm.text.reasoning import (
     REASONING_PARSERS,
@@ -31,6 +34,18 @@ from jaxllm.text.tool_calls import (
 )
 
 AnswerEvent = Event | ReasoningDelta
+
+
+ToolChoiceMode = Literal["none", "auto", "required"]
+
+
+@dataclass(frozen=True)
+class ToolChoice:
+    """Whether the answer must be a call. mode None: the client does not say, which is auto where
+    there are tools. name: with required, the only function that may be called."""
+
+    mode: ToolChoiceMode | None
+    name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +74,11 @@ def check_parsers(options: ServerOptions) -> None:
 
 
 def answer_format(
-    context: ServerContext, tools: list[dict[str, Any]] | None, *, single_call: bool = False
+    context: ServerContext,
+    tools: list[dict[str, Any]] | None,
+    choice: ToolChoice = ToolChoice(None),
+    *,
+    single_call: bool = False,
 ) -> AnswerFormat:
     """The server's parsers, or those that the model's chat template asks for. Raises ApiError if
     the tools cannot be used."""
@@ -69,16 +88,52 @@ def answer_format(
     if reasoning == "auto":
         reasoning = choose_reasoning_parser(template)
     reasoning = None if reasoning == "none" else reasoning
-    if tools is None:
+    if not tools and choice.mode in ("auto", "required"):
+        raise ApiError(400, "tool_choice needs tools", param="tool_choice")
+    if not tools or choice.mode == "none":
         return AnswerFormat(reasoning, None)
     calls: str | None = options.tool_call_parser
     calls = choose_parser(template) if calls == "auto" else calls
     if calls is None or calls == "none":
         raise ApiError(400, "tools are not supported with this model", param="tools")
     try:
-        return AnswerFormat(reasoning, calls, check_tools(tools), single_call)
+        checked = check_tools(tools)
     except ValueError as error:
         raise ApiError(400, str(error), param="tools") from None
+    if choice.mode == "required":
+        raise ApiError(
+            400,
+            "tool_choice: to force a call needs constrained output, which is not supported yet; "
+            "use auto",
+            param="tool_choice",
+        )
+    return AnswerFormat(reasoning, calls, checked, single_call)
+
+
+def chat_starter(
+    messages: list[dict[str, Any]],
+    form: AnswerFormat,
+    params: SamplingParams,
+    *,
+    priority: int | None = None,
+    cache_salt: str | None = None,
+    **options: Any,
+) -> Start:
+    """Starts the request of a conversation. messages: as template_messages returns them. options:
+    of AsyncEngine.chat, for the chat template."""
+
+    def start(engine: AsyncEngine, request_id: str) -> Outputs:
+        return engine.chat(
+            messages,
+            params,
+            request_id,
+            priority=priority or 0,
+            cache_salt=cache_salt,
+            tools=list(form.tools) or None,
+            **options,
+        )
+
+    return start
 
 
 class AnswerParser:

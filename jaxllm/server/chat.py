@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from aiohttp import web
 from pydantic import Field
 
 import jaxllm
-from jaxllm.async_engine import AsyncEngine
 from jaxllm.outputs import CompletionOutput, RequestOutput
 from jaxllm.sampling_params import RequestOutputKind, SamplingParams
 from jaxllm.server.answers import (
     AnswerEvent,
     AnswerFormat,
     AnswerParser,
+    ToolChoice,
+    ToolChoiceMode,
     answer_format,
+    chat_starter,
     read_answer,
 )
 from jaxllm.server.body import StrictModel, read_body
@@ -42,6 +44,19 @@ class StreamOptions(StrictModel):
     include_obfuscation: Annotated[Any, only(False)] = None
 
 
+class NamedFunction(StrictModel):
+    """Of a tool_choice: the function that must be called."""
+
+    name: str
+
+
+class NamedToolChoice(StrictModel):
+    """A tool_choice that names the function that must be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
 class ChatRequest(RequestFields):
     """OpenAI's fields and vLLM's. Those with `only` are not supported."""
 
@@ -52,7 +67,7 @@ class ChatRequest(RequestFields):
     top_logprobs: int | None = None
     stream_options: StreamOptions | None = None
     tools: list[Any] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tool_choice: ToolChoiceMode | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -88,10 +103,21 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     context.check_model(body.model)
     request[RECORD].model = body.model or context.model_name
     context.check_room(body.n or 1)
-    form = _answer_format(body, context)
+    choice = _tool_choice(body.tool_choice)
+    form = answer_format(context, body.tools, choice, single_call=body.parallel_tool_calls is False)
     params = _params(body, context, form)
     record = request[RECORD]
-    outputs = run_request(context, _starter(body, form, params), params, body.timeout, record)
+    start = chat_starter(
+        template_messages(body.messages),
+        form,
+        params,
+        priority=body.priority,
+        cache_salt=body.cache_salt,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        chat_template_kwargs=body.chat_template_kwargs,
+    )
+    outputs = run_request(context, start, params, body.timeout, record)
     reply = _Reply(request, body, form, params)
     if body.stream:
         return await _stream(request, outputs, reply)
@@ -99,21 +125,10 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     return web.json_response(reply.whole(output))
 
 
-def _answer_format(body: ChatRequest, context: ServerContext) -> AnswerFormat:
-    choice = body.tool_choice
-    if choice not in (None, "none", "auto"):
-        if choice != "required" and not isinstance(choice, dict):
-            raise ApiError(400, "tool_choice must be none or auto", param="tool_choice")
-        raise ApiError(
-            400,
-            "tool_choice: to force a call needs constrained output, which is not supported yet; "
-            "use auto",
-            param="tool_choice",
-        )
-    if choice == "auto" and not body.tools:
-        raise ApiError(400, "tool_choice needs tools", param="tool_choice")
-    tools = None if choice == "none" or not body.tools else body.tools
-    return answer_format(context, tools, single_call=body.parallel_tool_calls is False)
+def _tool_choice(choice: NamedToolChoice | ToolChoiceMode | None) -> ToolChoice:
+    if isinstance(choice, NamedToolChoice):
+        return ToolChoice("required", choice.function.name)
+    return ToolChoice(choice)
 
 
 def _params(body: ChatRequest, context: ServerContext, form: AnswerFormat) -> SamplingParams:
@@ -151,25 +166,6 @@ def _check_combinations(body: ChatRequest) -> None:
                 f"chat_template_kwargs must not have {name[:100]!r}",
                 param="chat_template_kwargs",
             )
-
-
-def _starter(body: ChatRequest, form: AnswerFormat, params: SamplingParams) -> Any:
-    messages = template_messages(body.messages)
-
-    def start(engine: AsyncEngine, request_id: str) -> Outputs:
-        return engine.chat(
-            messages,
-            params,
-            request_id,
-            priority=body.priority or 0,
-            cache_salt=body.cache_salt,
-            add_generation_prompt=body.add_generation_prompt,
-            continue_final_message=body.continue_final_message,
-            tools=list(form.tools) or None,
-            chat_template_kwargs=body.chat_template_kwargs,
-        )
-
-    return start
 
 
 class _Reply:

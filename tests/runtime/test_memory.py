@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -113,10 +115,18 @@ def test_bytes_of_a_block_are_those_of_the_pool(dtype: Any, platform: str) -> No
 
 
 def test_process_bytes_grow_with_what_is_held() -> None:
-    before = memory.process_bytes()
-    held = np.ones(64 << 20, np.uint8)
-    grown = memory.process_bytes() - before
-    assert 0.5 * held.nbytes < grown < 3 * held.nbytes
+    """In a process of its own: in this one, others' memory may be given back meanwhile."""
+    program = """
+import numpy as np
+from jaxllm.runtime import memory
+before = memory.process_bytes()
+held = np.ones(64 << 20, np.uint8)
+print((memory.process_bytes() - before) / held.nbytes)
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert 0.9 < float(ran.stdout) < 1.5
 
 
 @pytest.mark.parametrize(("num_tokens", "num_seqs"), [(8, 8), (64, 8)])
