@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from jaxllm.pooling_params import PoolingParams
     from jaxllm.sampling_params import RequestOutputKind, SamplingParams
+    from jaxllm.structured_outputs import StructuredOutputsParams
 
 __version__ = "0.1.0"
 
@@ -40,6 +41,7 @@ _HOME = {
     "RequestOutput": "jaxllm.outputs",
     "RequestOutputKind": "jaxllm.sampling_params",
     "SamplingParams": "jaxllm.sampling_params",
+    "StructuredOutputsParams": "jaxllm.structured_outputs",
 }
 
 __all__ = [
@@ -56,6 +58,7 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutputsParams",
 ]
 
 

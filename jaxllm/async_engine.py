@@ -16,7 +16,7 @@ from typing import Any
 
 from jaxllm.engine.engine import EngineSnapshot, EngineStats, Request
 from jaxllm.engine.request import NO_SAMPLING
-from jaxllm.engine_mailbox import Mailbox, Stream
+from jaxllm.engine_mailbox import Mailbox
 from jaxllm.engine_options import EngineOptions
 from jaxllm.engine_thread import (
     AbortRequest,
@@ -261,9 +261,22 @@ class AsyncEngine:
         self._mailbox.attach()
         stream = self._mailbox.open(request_id, params.output_kind is RequestOutputKind.DELTA)
         finished = False
+
+        def make_request() -> Request:
+            return self.running.request(
+                stream.engine_id,
+                tokenize(),
+                params,
+                priority=priority,
+                cache_salt=cache_salt,
+                pooling=pooling,
+            )
+
         try:
-            prompt = await asyncio.to_thread(tokenize)  # a long prompt would hold up the loop
-            self._add(stream, prompt, params, priority, cache_salt, pooling)
+            # On a thread: a long prompt or a large grammar would hold up the loop.
+            self._thread.send(AddRequest(await asyncio.to_thread(make_request)))
+            if stream.was_aborted:  # meanwhile
+                self._thread.send(AbortRequest(stream.engine_id))
             while not finished:
                 output = await stream.get()
                 finished = output.finished
@@ -279,25 +292,3 @@ class AsyncEngine:
         is_given = isinstance(params, SamplingParams)
         kind = params.output_kind if is_given else RequestOutputKind.CUMULATIVE  # type: ignore[union-attr]
         return params_of_kind(params, self.running.default_sampling, kind)
-
-    def _add(
-        self,
-        stream: Stream,
-        prompt: TokenizedPrompt,
-        params: SamplingParams,
-        priority: int,
-        cache_salt: str | None,
-        pooling: PoolingParams | None,
-    ) -> None:
-        request = Request(
-            stream.engine_id,
-            prompt.token_ids,
-            params,
-            prompt=prompt.text,
-            priority=priority,
-            cache_salt=cache_salt,
-            pooling=pooling,
-        )
-        self._thread.send(AddRequest(request))
-        if stream.was_aborted:  # while it was tokenized
-            self._thread.send(AbortRequest(stream.engine_id))

@@ -222,14 +222,8 @@ class LLM:
         priority: int,
         pooling: PoolingParams | None = None,
     ) -> Request:
-        return Request(
-            str(next(self._ids)),
-            prompt.token_ids,
-            params,
-            prompt=prompt.text,
-            priority=priority,
-            pooling=pooling,
-        )
+        request_id = str(next(self._ids))
+        return self._running.request(request_id, prompt, params, priority=priority, pooling=pooling)
 
     def _add(self, request: Request) -> str:
         if self._closed:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any
 
+from jaxllm.structured_outputs import StructuredOutputsParams
+
 MAX_LOGPROBS = 20
 MAX_N = 16384
 GREEDY_TEMPERATURE = 1e-5  # below it the most likely token is taken
@@ -57,6 +59,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: Sequence[int] | None = None
     banned_token_ids: Sequence[int] | None = None
+    structured_outputs: StructuredOutputsParams | None = None
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self) -> None:
@@ -80,6 +83,22 @@ class SamplingParams:
             raise ValueError("banned_token_ids leaves nothing of allowed_token_ids; allow another")
         if self.top_k == -1:
             set_(self, "top_k", 0)
+        self._check_structured_outputs()
+
+    def _check_structured_outputs(self) -> None:
+        """Together with options that forbid tokens there may be none left, in the middle of an
+        answer."""
+        structured = self.structured_outputs
+        if structured is None:
+            return
+        if not isinstance(structured, StructuredOutputsParams):
+            raise ValueError(
+                f"structured_outputs must be StructuredOutputsParams, got "
+                f"{type(structured).__name__}"
+            )
+        for name in ("min_tokens", "allowed_token_ids", "banned_token_ids"):
+            if getattr(self, name):
+                raise ValueError(f"{name} cannot be combined with structured_outputs")
 
     def _check_numbers(self) -> None:
         _integer("n", self.n, 1, MAX_N)
@@ -144,6 +163,12 @@ class SamplingParams:
                 raise ValueError(
                     f"unknown sampling option {name!r}; known: {', '.join(sorted(known))}"
                 )
+        structured = options.get("structured_outputs")
+        if isinstance(structured, Mapping):
+            options = {
+                **options,
+                "structured_outputs": StructuredOutputsParams.from_dict(structured),
+            }
         return cls(**options)
 
 

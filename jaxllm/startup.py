@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxllm.config import EngineConfig, ModelConfig, ModelError
 from jaxllm.engine.engine import Engine
+from jaxllm.engine.request import Request
 from jaxllm.engine_options import EngineOptions
 from jaxllm.loading.config_json import generation_defaults, model_config_from_hf
 from jaxllm.loading.gguf_source import GGUFFile
@@ -25,12 +26,15 @@ from jaxllm.loading.safetensors_source import SafetensorsSource
 from jaxllm.loading.source import TensorSource
 from jaxllm.models.decoder import Model
 from jaxllm.models.registry import build_model
+from jaxllm.prompts import TokenizedPrompt
 from jaxllm.runtime import kv_cache, memory
 from jaxllm.runtime.buckets import TokenRounding
 from jaxllm.runtime.compilation import Compiler, ProgramCache
 from jaxllm.runtime.memory import MemoryPlan
 from jaxllm.runtime.model_runner import ModelRunner
 from jaxllm.runtime.step import StepOptions
+from jaxllm.sampling_params import SamplingParams
+from jaxllm.text.constraint import ConstraintMaker
 from jaxllm.text.tokenizer import Tokenizer, load_tokenizer_from_folder, load_tokenizer_from_gguf
 
 logger = logging.getLogger(__name__)
@@ -47,11 +51,30 @@ class RunningEngine:
     model_name: str
     model_config: ModelConfig
     memory_plan: MemoryPlan
+    constraints: ConstraintMaker
     default_sampling: Mapping[str, Any] = field(default_factory=dict)
 
     def close(self) -> None:
         """Frees the device's memory and ends background compilation."""
         self.runner.close()
+
+    def request(
+        self, request_id: str, prompt: TokenizedPrompt, params: SamplingParams, **options: Any
+    ) -> Request:
+        """A request for the engine, with what its params need. options: of Request. Takes up to a
+        second where the answer must have a form; raises FormError if it is none."""
+        structured = params.structured_outputs
+        constraint = None
+        if structured is not None:
+            constraint = self.constraints.constraint(structured, prompt.text)
+        return Request(
+            request_id,
+            prompt.token_ids,
+            params,
+            prompt=prompt.text,
+            constraint=constraint,
+            **options,
+        )
 
 
 @dataclass(frozen=True)
@@ -140,9 +163,11 @@ def start_engine(model_name: str, options: EngineOptions) -> RunningEngine:
         time.monotonic() - started, opened - started, loaded - opened,
         time.monotonic() - loaded, compiler.num_ready, compiler.num_programs,
     )  # fmt: skip
+    constraints = ConstraintMaker(tokenizer, model.config.vocab_size, model.config.eos_token_ids)
     return RunningEngine(
-        engine, runner, tokenizer, model_name, model.config, plan, checkpoint.default_sampling()
-    )
+        engine, runner, tokenizer, model_name, model.config, plan, constraints,
+        checkpoint.default_sampling(),
+    )  # fmt: skip
 
 
 def _build_model(config: ModelConfig, options: EngineOptions, device: jax.Device) -> Model:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jaxllm.sampling_params import RequestOutputKind, SamplingParams
+from jaxllm.structured_outputs import StructuredOutputsParams
 
 DEFAULTS = {
     "n": 1,
@@ -35,6 +36,7 @@ DEFAULTS = {
     "logit_bias": None,
     "allowed_token_ids": None,
     "banned_token_ids": None,
+    "structured_outputs": None,
     "output_kind": RequestOutputKind.CUMULATIVE,
 }
 FLOATS = (
@@ -120,7 +122,29 @@ def test_no_flag_for_a_flag(name: str, value: Any) -> None:
 
 def test_every_field_is_covered_here() -> None:
     lists = ("stop", "stop_token_ids", "allowed_token_ids", "banned_token_ids", "logit_bias")
-    assert {*FLOATS, *INTEGERS, *FLAGS, *lists, "output_kind"} == set(DEFAULTS)
+    others = ("structured_outputs", "output_kind")
+    assert {*FLOATS, *INTEGERS, *FLAGS, *lists, *others} == set(DEFAULTS)
+
+
+def test_structured_outputs_come_from_a_dict_too() -> None:
+    params = SamplingParams.from_dict({"structured_outputs": {"regex": "a+"}})
+    assert params.structured_outputs == StructuredOutputsParams(regex="a+")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"structured_outputs": "json"}, "structured_outputs must be StructuredOutputsParams"),
+        ({"structured_outputs": {"regex": "a", "json": {}}}, "structured_outputs needs one of"),
+        ({"structured_outputs": {"xml": "a"}}, "structured_outputs has no 'xml'"),
+        ({"structured_outputs": {"regex": "a"}, "min_tokens": 2}, "min_tokens cannot be combined"),
+        ({"structured_outputs": {"regex": "a"}, "allowed_token_ids": [1]}, "allowed_token_ids can"),
+        ({"structured_outputs": {"regex": "a"}, "banned_token_ids": [1]}, "banned_token_ids can"),
+    ],
+)
+def test_a_form_that_cannot_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SamplingParams.from_dict(options)
 
 
 @pytest.mark.parametrize(

@@ -162,13 +162,12 @@ class Conversation:
         self._explain(last)
 
     def _add(self, prompt: TokenizedPrompt) -> str:
-        from jaxllm.engine.engine import Request
         from jaxllm.prompts import params_of_kind
 
         params = params_of_kind(self._params, {}, RequestOutputKind.DELTA)
         request_id = str(self._num_requests)
         self._num_requests += 1
-        self._engine.add_request(Request(request_id, prompt.token_ids, params, prompt=prompt.text))
+        self._engine.add_request(self._running.request(request_id, prompt, params))
         return request_id
 
     def _fitting_prompt(self) -> TokenizedPrompt:

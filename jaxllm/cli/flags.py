@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import types
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -12,6 +13,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from jaxllm.engine_options import EngineOptions
 from jaxllm.sampling_params import MAX_LOGPROBS, SamplingParams
 from jaxllm.server.options import ServerOptions
+from jaxllm.structured_outputs import StructuredOutputsParams
 
 SAMPLING_HELP = {
     "n": "answers to each prompt",
@@ -36,6 +38,8 @@ SAMPLING_HELP = {
     "logit_bias": "added to logits: 5:1.5,17:-100",
     "allowed_token_ids": "draw from these tokens only: 5,17",
     "banned_token_ids": "never draw these tokens: 5,17",
+    "structured_outputs": 'form of the answer, as JSON: {"json": SCHEMA}, {"regex": "[0-9]+"}, '
+    '{"choice": ["yes", "no"]}, {"grammar": LARK} or {"json_object": true}',
 }
 ENGINE_HELP = {
     "tokenizer": "folder or .gguf file of another tokenizer",
@@ -145,6 +149,8 @@ def _argument(hint: Any) -> dict[str, Any]:
         return {"action": argparse.BooleanOptionalAction}
     if Mapping in origins:
         return {"type": _bias, "metavar": "ID:BIAS,..."}
+    if StructuredOutputsParams in origins:
+        return {"type": _json_object, "metavar": "JSON"}
     if tuple in origins:
         return {"action": "append", "metavar": "NAME"}
     if Sequence in origins:
@@ -177,6 +183,16 @@ def _token_ids(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(
             f"must be token ids separated by commas, got {text!r}"
         ) from None
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r:.80}")
+    return value
 
 
 def _bias(text: str) -> dict[int, float]:

@@ -180,19 +180,14 @@ class _Generation:
 
     def _add(self, job: Job) -> bool:
         """False if the engine's queue is full."""
-        from jaxllm.engine.engine import QueueFullError, Request
+        from jaxllm.engine.engine import QueueFullError
         from jaxllm.prompts import params_of_kind
 
         try:
             params = SamplingParams.from_dict({**self._sampling, **job.options})
             prompt = self._tokenize(job)
-            request = Request(
-                str(job.line),
-                prompt.token_ids,
-                params_of_kind(params, {}, self._kind),
-                prompt=prompt.text,
-                priority=job.priority,
-            )
+            params = params_of_kind(params, {}, self._kind)
+            request = self._running.request(str(job.line), prompt, params, priority=job.priority)
             self._engine.add_request(request)
         except QueueFullError:
             return False

@@ -127,15 +127,18 @@ class BatchPacker:
         self._sampled_at = [-1] * rows  # position of the token that the slot's device row holds
 
     def new_table_rows(self, batch: Batch) -> list[Sequence]:
-        """Takes in the sequences that are new in their slots; returns those of them whose row of
-        the sampling table has to be written before the step."""
+        """Takes in the sequences that are new in their slots; returns those whose row of the
+        sampling table has to be written before the step: new ones that use it, and those of which
+        other tokens are allowed than in the step before."""
         needing = []
         for scheduled in batch.sequences:
             sequence = scheduled.sequence
-            if self._owner[sequence.slot] != (sequence.sequence_id, sequence.num_preemptions):
+            is_new = self._owner[sequence.slot] != (sequence.sequence_id, sequence.num_preemptions)
+            if is_new:
                 self._take_slot(sequence)
-                if self._fields["uses_table"][sequence.slot]:
-                    needing.append(sequence)
+            changes = sequence.constraint is not None and scheduled.samples
+            if changes or (is_new and self._fields["uses_table"][sequence.slot]):
+                needing.append(sequence)
         return needing
 
     def _take_slot(self, sequence: Sequence) -> None:
@@ -222,6 +225,7 @@ def uses_table(sequence: Sequence) -> bool:
         or params.allowed_token_ids is not None
         or params.banned_token_ids
         or params.min_tokens
+        or sequence.constraint is not None
     )
 
 
@@ -244,6 +248,8 @@ def table_row(sequence: Sequence, vocab_size: int) -> tuple[np.ndarray, np.ndarr
     for token_id, value in (params.logit_bias or {}).items():
         bias[token_id] += value
     bias[list(params.banned_token_ids or ())] = -np.inf
+    if sequence.constraint is not None:
+        bias[~sequence.constraint.allowed] = -np.inf
     return info, bias
 
 

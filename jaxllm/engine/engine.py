@@ -158,6 +158,7 @@ class Engine:
             seed = self._random.getrandbits(63)
         first_id = self._next_sequence_id
         self._next_sequence_id += request.params.n
+        constraint = request.constraint
         return [
             Sequence(
                 sequence_id=first_id + index,
@@ -172,6 +173,7 @@ class Engine:
                 arrival_time=request.arrival_time,
                 cache_salt=request.cache_salt,
                 pooling=request.pooling,
+                constraint=None if constraint is None else constraint.copy(),
             )
             for index in range(request.params.n)
         ]

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from jaxllm.engine.sequence import LogprobRows, Sequence
+from jaxllm.engine.sequence import Constraint, LogprobRows, Sequence
 from jaxllm.outputs import (
     CompletionOutput,
     Logprob,
@@ -38,7 +38,8 @@ class Request:
     prompt: the text, only to be handed back. priority: smaller runs earlier, under the priority
     policy. cache_salt: cached blocks are shared only between requests of the same salt.
     arrival_time: on the clock of ``time.monotonic``. pooling: if given, the request returns the
-    embedding of its prompt and generates nothing; params is NO_SAMPLING then.
+    embedding of its prompt and generates nothing; params is NO_SAMPLING then. constraint: that of
+    params.structured_outputs, at the start of an answer; it takes time to make, so it comes made.
     """
 
     request_id: str
@@ -49,6 +50,7 @@ class Request:
     cache_salt: str | None = None
     arrival_time: float = field(default_factory=time.monotonic)
     pooling: PoolingParams | None = None
+    constraint: Constraint | None = None
 
     def check(
         self, vocab_size: int, max_model_len: int, eos_token_ids: AbstractSequence[int] = ()
@@ -73,6 +75,8 @@ class Request:
                 f"the prompt has {len(token_ids)} tokens, and at least one is to be generated: "
                 f"max_model_len is {max_model_len}; shorten the prompt or raise max_model_len"
             )
+        if (self.params.structured_outputs is None) != (self.constraint is None):
+            raise ValueError("structured_outputs needs its constraint, and no other has one")
         self.params.check_vocabulary(vocab_size)
         self._check_some_token_can_come(vocab_size, eos_token_ids)
         return token_ids
@@ -203,12 +207,16 @@ class SequenceState:
         num_output_tokens = len(sequence.token_ids) - sequence.num_prompt_tokens
         if token_id in self._stop_ids and num_output_tokens >= sequence.params.min_tokens:
             return self._stop_at(token_id, num_output_tokens)
+        if sequence.constraint is not None:
+            sequence.constraint.accept(token_id)
         if self.detokenizer is not None and not self._lazy:
             self._num_pushed = num_output_tokens
             stop = self.detokenizer.push((token_id,))
             if stop is not None:
                 sequence.stop_reason = stop
                 return "stop"
+        if sequence.constraint is not None and sequence.constraint.is_complete:
+            return "stop"
         return "length" if num_output_tokens >= self._max_tokens else None
 
     def _stop_at(self, token_id: int, num_output_tokens: int) -> str:

@@ -18,6 +18,22 @@ class SequenceStatus(Enum):
     FINISHED = auto()
 
 
+class Constraint(Protocol):
+    """What a sequence whose answer must have a given form needs of jaxllm.text.constraint.
+
+    allowed: [V] bool, the tokens that may come next. is_complete: nothing may come any more.
+    """
+
+    allowed: np.ndarray
+    is_complete: bool
+
+    def accept(self, token_id: int) -> None:
+        """Takes the next token. Raises ValueError if the form cannot be kept."""
+
+    def copy(self) -> Constraint:
+        """For another answer; before any token was taken."""
+
+
 @dataclass(eq=False, slots=True)
 class Sequence:
     """One stream of tokens: a prompt and what was generated after it.
@@ -40,6 +56,7 @@ class Sequence:
     arrival_time: float = 0.0
     cache_salt: str | None = None
     pooling: PoolingParams | None = None  # given: it ends with its prompt, which it embeds
+    constraint: Constraint | None = None
     status: SequenceStatus = SequenceStatus.WAITING
     slot: int = -1
     block_table: list[int] = field(default_factory=list)

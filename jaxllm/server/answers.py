@@ -12,6 +12,8 @@ from jaxllm.server.context import ServerContext
 from jaxllm.server.errors import ApiError
 from jaxllm.server.generation import Outputs, Start
 from jaxllm.server.options import ServerOptions
+from jaxllm.server.response_format import NO_FORM, WantedForm
+from jaxllm.structured_outputs import StructuredOutputsParams
 from jaxllm.text.reasoning import (
     REASONING_PARSERS,
     ReasoningDelta,
@@ -29,6 +31,7 @@ from jaxllm.text.tool_calls import (
     ToolCallStart,
     check_tools,
     choose_parser,
+    forced_calls,
     get_parser,
     needs_special_tokens,
 )
@@ -50,12 +53,24 @@ class ToolChoice:
 
 @dataclass(frozen=True)
 class AnswerFormat:
-    """How to read the answers of one request. tools: as check_tools returns them."""
+    """How to read the answers of one request. tools: as check_tools returns them.
+    structured: the form that they must have, which may be that of calls."""
 
     reasoning: str | None
     tool_calls: str | None
     tools: Sequence[dict[str, Any]] = ()
     single_call: bool = False
+    structured: StructuredOutputsParams | None = None
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """SamplingParams that go with it."""
+        options: dict[str, Any] = {}
+        if self.keeps_special_tokens:
+            options["skip_special_tokens"] = False
+        if self.structured is not None:
+            options["structured_outputs"] = self.structured
+        return options
 
     @property
     def keeps_special_tokens(self) -> bool:
@@ -79,9 +94,10 @@ def answer_format(
     choice: ToolChoice = ToolChoice(None),
     *,
     single_call: bool = False,
+    wanted: WantedForm = NO_FORM,
 ) -> AnswerFormat:
     """The server's parsers, or those that the model's chat template asks for. Raises ApiError if
-    the tools cannot be used."""
+    the tools cannot be used, or not in the form that is wanted."""
     options = context.options
     template = context.ready_engine().get_tokenizer().chat_template or ""
     reasoning: str | None = options.reasoning_parser
@@ -90,8 +106,16 @@ def answer_format(
     reasoning = None if reasoning == "none" else reasoning
     if not tools and choice.mode in ("auto", "required"):
         raise ApiError(400, "tool_choice needs tools", param="tool_choice")
+    structured = wanted.structured(after_reasoning=reasoning is not None)
     if not tools or choice.mode == "none":
-        return AnswerFormat(reasoning, None)
+        return AnswerFormat(reasoning, None, structured=structured)
+    if structured is not None:
+        raise ApiError(
+            400,
+            f"{structured.source} cannot be combined with tools that may be called; set "
+            f'tool_choice to "none"',
+            param=structured.source,
+        )
     calls: str | None = options.tool_call_parser
     calls = choose_parser(template) if calls == "auto" else calls
     if calls is None or calls == "none":
@@ -100,14 +124,21 @@ def answer_format(
         checked = check_tools(tools)
     except ValueError as error:
         raise ApiError(400, str(error), param="tools") from None
-    if choice.mode == "required":
-        raise ApiError(
-            400,
-            "tool_choice: to force a call needs constrained output, which is not supported yet; "
-            "use auto",
-            param="tool_choice",
-        )
-    return AnswerFormat(reasoning, calls, checked, single_call)
+    if choice.mode != "required":
+        return AnswerFormat(reasoning, calls, checked, single_call)
+    callable_ = [t for t in checked if choice.name in (None, t["function"]["name"])]
+    if not callable_:
+        raise ApiError(400, f"tool_choice: no tool is {choice.name!r:.80}", param="tool_choice")
+    grammar = forced_calls(
+        calls,
+        callable_,
+        context.ready_engine().get_tokenizer().special_token_texts(),
+        single_call=single_call or choice.name is not None,
+    )
+    structured = StructuredOutputsParams(
+        grammar=grammar, after_reasoning=reasoning is not None, source="tools"
+    )
+    return AnswerFormat(reasoning, calls, checked, single_call, structured)
 
 
 def chat_starter(

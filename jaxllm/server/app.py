@@ -9,6 +9,7 @@ import re
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from aiohttp import hdrs, web
@@ -18,15 +19,24 @@ from jaxllm.server import (
     chat,
     completions,
     embeddings,
+    messages,
     models,
     openapi,
     operations,
     page,
+    responses,
     tokens,
 )
 from jaxllm.server.answers import check_parsers
 from jaxllm.server.context import CONTEXT, RECORD, REQUEST_ID, ServerContext, new_request_id
-from jaxllm.server.errors import ApiError, error_response, to_api_error
+from jaxllm.server.errors import (
+    ApiError,
+    ErrorBody,
+    anthropic_error_body,
+    error_response,
+    openai_error_body,
+    to_api_error,
+)
 from jaxllm.server.logs import RequestRecord, log_request
 from jaxllm.server.options import ServerOptions
 
@@ -35,6 +45,19 @@ REQUEST_ID_HEADER = "X-Request-Id"
 CLIENT_LEFT = 499  # in the log, for want of a status
 CLIENT_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 OPEN_ROUTES = ("/health", "/ready", *page.ROUTES)  # without a key
+
+
+@dataclass(frozen=True)
+class Api:
+    """What clients of one API read of every response. id_header: a further one with the server's
+    id of the request."""
+
+    error_body: ErrorBody = openai_error_body
+    id_header: str | None = None
+
+
+OPENAI = Api()
+APIS = {messages.PATH: Api(anthropic_error_body, "Request-Id")}  # of others, by their paths
 
 
 def make_app(
@@ -55,7 +78,18 @@ def make_app(
             yield
 
     app.cleanup_ctx.append(run_engine)
-    for routes in (chat, completions, embeddings, tokens, models, operations, openapi, page):
+    for routes in (
+        chat,
+        completions,
+        responses,
+        messages,
+        embeddings,
+        tokens,
+        models,
+        operations,
+        openapi,
+        page,
+    ):
         routes.add_routes(app)
     app[CONTEXT].metrics.set_routes(resource.canonical for resource in app.router.resources())
     return app
@@ -140,7 +174,16 @@ async def _answer_errors(request: web.Request, handler: Handler) -> web.StreamRe
     except ConnectionError:  # the client has left
         raise
     except Exception as error:
-        return error_response(to_api_error(error))
+        body = api_of(request.path).error_body
+        return error_response(to_api_error(error), request[REQUEST_ID], body)
+
+
+def api_of(path: str) -> Api:
+    """The API that a path belongs to, whether there is a route or not."""
+    for start, api in APIS.items():
+        if path == start or path.startswith(start + "/"):
+            return api
+    return OPENAI
 
 
 @web.middleware
@@ -176,6 +219,9 @@ async def _add_headers(request: web.Request, response: web.StreamResponse) -> No
     client_id = request.headers.get(REQUEST_ID_HEADER, "")
     is_valid = CLIENT_ID.fullmatch(client_id)
     response.headers[REQUEST_ID_HEADER] = client_id if is_valid else request[REQUEST_ID]
+    id_header = api_of(request.path).id_header
+    if id_header is not None:
+        response.headers[id_header] = request[REQUEST_ID]
     response.headers[hdrs.SERVER] = "jaxllm"
     origin = _allowed_origin(request)
     if origin is not None:
@@ -190,7 +236,7 @@ async def _authenticate(request: web.Request, handler: Handler) -> web.StreamRes
     if keys and request.path not in OPEN_ROUTES and not _has_key(request, keys):
         raise ApiError(
             401,
-            "give an API key: Authorization: Bearer KEY",
+            "give an API key: Authorization: Bearer KEY, or X-Api-Key: KEY",
             headers={hdrs.WWW_AUTHENTICATE: "Bearer"},
         )
     return await handler(request)

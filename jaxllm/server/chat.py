@@ -28,6 +28,7 @@ from jaxllm.server.context import CONTEXT, RECORD, REQUEST_ID, ServerContext
 from jaxllm.server.errors import ApiError
 from jaxllm.server.generation import Outputs, Usage, run_all, run_merged, run_request
 from jaxllm.server.logprobs import chat_logprobs, prompt_logprobs_body
+from jaxllm.server.response_format import ResponseFormat, WantedForm
 from jaxllm.server.sampling import RequestFields, only, sampling_params
 from jaxllm.server.sse import EventStream, event
 from jaxllm.text.reasoning import ReasoningDelta
@@ -75,7 +76,8 @@ class ChatRequest(RequestFields):
     metadata: dict[str, str] | None = Field(None, max_length=16)
     safety_identifier: str | None = Field(None, max_length=512)
     chat_template: Annotated[Any, only()] = None
-    response_format: Annotated[Any, only({"type": "text"})] = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: dict[str, Any] | None = None
     modalities: Annotated[Any, only(["text"])] = None
     service_tier: Annotated[Any, only("auto", "default")] = None
     store: Annotated[Any, only(False)] = None
@@ -104,7 +106,13 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     request[RECORD].model = body.model or context.model_name
     context.check_room(body.n or 1)
     choice = _tool_choice(body.tool_choice)
-    form = answer_format(context, body.tools, choice, single_call=body.parallel_tool_calls is False)
+    form = answer_format(
+        context,
+        body.tools,
+        choice,
+        single_call=body.parallel_tool_calls is False,
+        wanted=WantedForm(body.response_format, body.structured_outputs),
+    )
     params = _params(body, context, form)
     record = request[RECORD]
     start = chat_starter(
@@ -135,13 +143,12 @@ def _params(body: ChatRequest, context: ServerContext, form: AnswerFormat) -> Sa
     _check_combinations(body)
     max_tokens = body.max_completion_tokens
     other: dict[str, Any] = {"logprobs": (body.top_logprobs or 0) if body.logprobs else None}
-    if form.keeps_special_tokens:
-        other["skip_special_tokens"] = False
     return sampling_params(
         body,
         context,
         max_tokens=body.max_tokens if max_tokens is None else max_tokens,
         output_kind=RequestOutputKind.DELTA if body.stream else RequestOutputKind.FINAL_ONLY,
+        **form.sampling,
         **other,
     )
 

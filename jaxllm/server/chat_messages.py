@@ -81,12 +81,18 @@ def _template_message(index: int, message: ChatMessage) -> dict[str, Any]:
 
 
 def _template_call(call: ToolCall, place: str) -> dict[str, Any]:
+    arguments = parse_arguments(call.function.arguments, f"{place}.function.arguments")
+    function = {"name": call.function.name, "arguments": arguments}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def parse_arguments(text: str, place: str) -> dict[str, Any]:
+    """The arguments of a call, for a template. Raises ApiError, naming the place, if they are no
+    JSON object."""
     try:
-        arguments = json.loads(call.function.arguments or "{}")
+        arguments = json.loads(text or "{}")
     except (ValueError, RecursionError):
         arguments = None
     if not isinstance(arguments, dict):
-        place = f"{place}.function.arguments"
         raise ApiError(400, f"{place} must be the text of a JSON object", param=place)
-    function = {"name": call.function.name, "arguments": arguments}
-    return {"id": call.id, "type": "function", "function": function}
+    return arguments

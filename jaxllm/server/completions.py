@@ -20,6 +20,7 @@ from jaxllm.server.context import CONTEXT, RECORD, REQUEST_ID, ServerContext
 from jaxllm.server.errors import ApiError
 from jaxllm.server.generation import Outputs, Start, Usage, run_all, run_merged, run_request
 from jaxllm.server.logprobs import CompletionLogprobs, prompt_logprobs_body
+from jaxllm.server.response_format import ResponseFormat, WantedForm
 from jaxllm.server.sampling import RequestFields, only, sampling_params
 from jaxllm.server.sse import EventStream, event
 from jaxllm.text.tokenizer import Tokenizer
@@ -40,7 +41,8 @@ class CompletionRequest(RequestFields):
     stream_options: StreamOptions | None = None
     suffix: Annotated[Any, only("")] = None
     use_beam_search: Annotated[Any, only(False)] = None
-    response_format: Annotated[Any, only({"type": "text"})] = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: dict[str, Any] | None = None
     metadata: dict[str, str] | None = Field(None, max_length=16)
 
     def prompts(self) -> list[OnePrompt]:
@@ -87,7 +89,11 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
 
 def _params(body: CompletionRequest, context: ServerContext, num_prompts: int) -> SamplingParams:
     _check_combinations(body, num_prompts)
-    other: dict[str, Any] = {"logprobs": body.logprobs}
+    wanted = WantedForm(body.response_format, body.structured_outputs)
+    other: dict[str, Any] = {
+        "logprobs": body.logprobs,
+        "structured_outputs": wanted.structured(),
+    }
     if body.echo and body.logprobs is not None:
         other["prompt_logprobs"] = body.logprobs
     return sampling_params(

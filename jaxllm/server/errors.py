@@ -1,10 +1,11 @@
-"""Errors in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
+"""What clients are told of errors. OpenAI's shape is {"error": {"message", "type", "param",
+"code"}}; APIs of others have their own."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -32,6 +33,14 @@ CODES = {
     429: "queue_full",
     503: "unavailable",
 }
+ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 
 
 class ApiError(Exception):
@@ -58,7 +67,7 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
-        """The JSON object that is sent."""
+        """The JSON object that OpenAI's clients read."""
         return {
             "error": {
                 "message": self.message, "type": self.type, "param": self.param, "code": self.code,
@@ -66,11 +75,32 @@ class ApiError(Exception):
         }  # fmt: skip
 
 
-def error_response(error: ApiError) -> web.Response:
-    """The HTTP response of an error."""
+ErrorBody = Callable[[ApiError, str], dict[str, Any]]  # of an error and the request's id
+
+
+def openai_error_body(error: ApiError, request_id: str = "") -> dict[str, Any]:
+    """As OpenAI tells it; the id is in a header only."""
+    return error.body()
+
+
+def anthropic_error_body(error: ApiError, request_id: str) -> dict[str, Any]:
+    """As Anthropic tells it; the field that is wrong is named in the message only."""
+    default = "invalid_request_error" if error.status < 500 else "api_error"
+    kind = ANTHROPIC_TYPES.get(error.status, default)
+    return {
+        "type": "error",
+        "error": {"type": kind, "message": error.message},
+        "request_id": request_id,
+    }
+
+
+def error_response(
+    error: ApiError, request_id: str = "", body: ErrorBody = openai_error_body
+) -> web.Response:
+    """The HTTP response of an error. body: in the shape of the API that was called."""
     return web.Response(
         status=error.status,
-        text=json.dumps(error.body()),
+        text=json.dumps(body(error, request_id)),
         content_type="application/json",
         headers=error.headers,
     )
@@ -88,7 +118,7 @@ def to_api_error(error: Exception) -> ApiError:
     if isinstance(error, EngineDeadError):
         return ApiError(503, "the engine does not run", headers=RETRY_AFTER)
     if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
-        return ApiError(400, str(error))
+        return ApiError(400, str(error), param=getattr(error, "source", None))
     logger.error("a request failed", exc_info=error)
     return ApiError(500, "internal error")
 

@@ -13,6 +13,8 @@ from pydantic.json_schema import models_json_schema
 import jaxllm
 from jaxllm.server import chat, completions, embeddings, tokens
 from jaxllm.server.context import CONTEXT
+from jaxllm.server.messages_body import MessageRequest, PromptFields
+from jaxllm.server.responses_body import ResponseRequest
 
 JSON, TEXT, EVENTS = "application/json", "text/plain", "text/event-stream"
 OBJECT: dict[str, Any] = {"type": "object"}
@@ -36,13 +38,27 @@ ERROR = {
         }
     },
 }
+ANTHROPIC_ERROR = {
+    "type": "object",
+    "required": ["type", "error", "request_id"],
+    "properties": {
+        "type": {"const": "error"},
+        "error": {
+            "type": "object",
+            "required": ["type", "message"],
+            "properties": {"type": STRING, "message": STRING},
+        },
+        "request_id": STRING,
+    },
+}
 
 
 @dataclass(frozen=True)
 class Operation:
     """One route. body: the model of its JSON body. required: of a JSON answer, the fields that are
     always there. streams: whether it can answer with events. content_type: of a success. also:
-    further statuses, with what they mean, whose body is that of a success."""
+    further statuses, with what they mean, whose body is that of a success. error: the schema of
+    errors."""
 
     method: str
     path: str
@@ -53,6 +69,7 @@ class Operation:
     content_type: str = JSON
     also: dict[str, str] = field(default_factory=dict)
     is_open: bool = False  # takes no API key
+    error: str = "Error"
 
 
 OPERATIONS = (
@@ -63,6 +80,19 @@ OPERATIONS = (
     Operation(
         "post", "/v1/completions", "Goes on with texts.", completions.CompletionRequest,
         ("id", "object", "created", "model", "choices", "usage"), streams=True,
+    ),
+    Operation(
+        "post", "/v1/responses", "Answers input items with output items.", ResponseRequest,
+        ("id", "object", "created_at", "status", "model", "output", "usage"), streams=True,
+    ),
+    Operation(
+        "post", "/v1/messages", "Answers a conversation, as Anthropic does.", MessageRequest,
+        ("id", "type", "role", "model", "content", "stop_reason", "stop_sequence", "usage"),
+        streams=True, error="AnthropicError",
+    ),
+    Operation(
+        "post", "/v1/messages/count_tokens", "Counts the tokens of a conversation.", PromptFields,
+        ("input_tokens",), error="AnthropicError",
     ),
     Operation(
         "post", "/v1/embeddings", "Embeds texts.", embeddings.EmbeddingRequest,
@@ -116,7 +146,8 @@ def describe(operations: tuple[Operation, ...], has_keys: bool) -> dict[str, Any
             schema = body_schemas[operation.body]
             described["requestBody"] = {"required": True, "content": {JSON: {"schema": schema}}}
         paths.setdefault(operation.path, {})[operation.method] = described
-    components: dict[str, Any] = {"schemas": {"Error": ERROR, **schemas.get("$defs", {})}}
+    errors = {"Error": ERROR, "AnthropicError": ANTHROPIC_ERROR}
+    components: dict[str, Any] = {"schemas": {**errors, **schemas.get("$defs", {})}}
     if has_keys:
         components["securitySchemes"] = {KEY: {"type": "http", "scheme": "bearer"}}
     return {
@@ -140,7 +171,7 @@ def _describe(operation: Operation, has_keys: bool) -> dict[str, Any]:
             },
             "default": {
                 "description": "An error.",
-                "content": {JSON: {"schema": {"$ref": REF.format(model="Error")}}},
+                "content": {JSON: {"schema": {"$ref": REF.format(model=operation.error)}}},
             },
         },
     }

@@ -61,6 +61,11 @@ class Tokenizer:
         token = self.special_tokens.get(name)
         return None if token is None else self.backend.token_to_id(token)
 
+    def special_token_texts(self) -> dict[str, int]:
+        """Special tokens by their text."""
+        tokens = self.backend.get_added_tokens_decoder()
+        return {tokens[i].content: i for i in self.special_token_ids}
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids; with add_special_tokens those that the model expects around a text (BOS)."""
         return self.backend.encode(_checked_text(text), add_special_tokens=add_special_tokens).ids

@@ -244,7 +244,6 @@ def test_a_deadline_ends_a_request_with_what_it_has(
         ("stop", ["a" * 1025], "1024"),
         ("unknown_thing", 1, "unknown field"),
         ("chat_template", "{{ 1 }}", "not supported"),
-        ("response_format", {"type": "json_object"}, "not supported"),
         ("modalities", ["text", "audio"], "not supported"),
         ("tools", [{"type": "function", "function": {"name": "f"}}], "not supported"),
         ("store", True, "not supported"),
@@ -271,16 +270,6 @@ def test_what_is_not_supported_is_refused_and_named(
     assert error["type"] == "invalid_request_error"
     if field != "priority" and says not in ("vocabulary", "max_model_len"):  # the engine's
         assert error["param"].startswith(field)
-
-
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "f"}}])
-def test_a_forced_call_is_refused(client: openai.OpenAI, choice: Any) -> None:
-    tools: Any = [{"type": "function", "function": {"name": "f"}}]
-    with pytest.raises(openai.BadRequestError, match="constrained output") as refused:
-        client.chat.completions.create(
-            model="tiny", messages=MESSAGES, tools=tools, tool_choice=choice
-        )
-    assert refused.value.param == "tool_choice"
 
 
 def test_another_model_is_not_found(client: openai.OpenAI) -> None:

@@ -143,7 +143,9 @@ def test_results_of_calls_go_back_as_templates_read_them(
         ({"tools": [TOOLS[0], TOOLS[0]]}, "tools"),
         ({"tools": ["weather"]}, "tools"),
         ({"tool_choice": "always"}, "tool_choice"),
-        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "rain"}}}, "tool_choice"),
+        ({"tools": [], "tool_choice": "required"}, "tool_choice"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"tools": [], "tool_choice": "auto"}, "tool_choice"),
     ],
 )

@@ -13,6 +13,7 @@ from jaxllm.text.tool_calls.events import (
     ToolCallParser,
     ToolCallStart,
 )
+from jaxllm.text.tool_calls.forced import forced_grammar
 from jaxllm.text.tool_calls.hermes import HermesParser
 from jaxllm.text.tool_calls.llama3_json import Llama3JsonParser
 from jaxllm.text.tool_calls.mistral import MistralParser
@@ -28,6 +29,7 @@ __all__ = [
     "ToolCallStart",
     "check_tools",
     "choose_parser",
+    "forced_calls",
     "get_parser",
     "needs_special_tokens",
 ]
@@ -57,6 +59,18 @@ def needs_special_tokens(name: str) -> bool:
     """Whether the format's marks are special tokens, so that the text must be decoded with
     skip_special_tokens=False."""
     return _parser_class(name).needs_special_tokens
+
+
+def forced_calls(
+    name: str,
+    tools: Sequence[Mapping[str, Any]],
+    special_token_ids: Mapping[str, int],
+    *,
+    single_call: bool,
+) -> str:
+    """A grammar for an answer of calls in this format and nothing else; see forced_grammar."""
+    form = _parser_class(name).form
+    return forced_grammar(form, tools, special_token_ids, single_call=single_call)
 
 
 def _parser_class(name: str) -> type[CallParser]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from jaxllm.text.tool_calls.events import Event, EventWriter, new_call_id
+from jaxllm.text.tool_calls.forced import CallForm
 from jaxllm.text.tool_calls.json_text import (
     SPACE,
     MalformedCall,
@@ -29,9 +30,11 @@ class CallParser:
     follows is content. Nothing is read twice, so no text takes more than linear time.
 
     needs_special_tokens: the format's marks are special tokens, so the text has to hold them.
+    form: how a model is made to call.
     """
 
     needs_special_tokens: ClassVar[bool] = False
+    form: ClassVar[CallForm] = CallForm()
 
     def __init__(
         self,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from jaxllm.text.tool_calls.call_parser import CallParser
+from jaxllm.text.tool_calls.forced import CallForm
 from jaxllm.text.tool_calls.json_text import MalformedCall
 from jaxllm.text.tool_calls.source import Steps
 
@@ -20,6 +21,9 @@ class HermesParser(CallParser):
     """Calls anywhere in the text, each between tags of its own; a missing end tag is forgiven."""
 
     openings: ClassVar[tuple[str, ...]] = (OPEN,)
+    form: ClassVar[CallForm] = CallForm(
+        before=(OPEN, "\n"), between=("\n", CLOSE, "\n", OPEN, "\n"), after=("\n", CLOSE)
+    )
 
     def _parse(self) -> Steps[None]:
         tags = self.openings

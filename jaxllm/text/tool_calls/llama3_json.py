@@ -7,7 +7,10 @@ The tag is optional (the models often leave it out), so it is not asked of the t
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from jaxllm.text.tool_calls.call_parser import CallParser
+from jaxllm.text.tool_calls.forced import CallForm
 from jaxllm.text.tool_calls.source import Steps
 
 TAG = "<|python_tag|>"
@@ -15,6 +18,8 @@ TAG = "<|python_tag|>"
 
 class Llama3JsonParser(CallParser):
     """Calls at the start of the answer, after the tag, and after another call."""
+
+    form: ClassVar[CallForm] = CallForm(between=("; ",), arguments_key="parameters")
 
     def _parse(self) -> Steps[None]:
         yield from self._calls()

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from jaxllm.text.tool_calls.call_parser import CallParser
 from jaxllm.text.tool_calls.events import new_short_call_id
+from jaxllm.text.tool_calls.forced import CallForm
 from jaxllm.text.tool_calls.json_text import MalformedCall, discard, pass_value
 from jaxllm.text.tool_calls.source import Steps
 
@@ -25,6 +26,7 @@ class MistralParser(CallParser):
     """Calls after the tag, in a list or by name."""
 
     needs_special_tokens: ClassVar[bool] = True
+    form: ClassVar[CallForm] = CallForm(before=(TAG, "["), between=(", ",), after=("]",))
 
     def __init__(
         self,
