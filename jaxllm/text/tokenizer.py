@@ -68,7 +68,10 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids; with add_special_tokens those that the model expects around a text (BOS)."""
-        return self.backend.encode(_checked_text(text), add_special_tokens=add_special_tokens).ids
+        # The library lets other threads run while it encodes a batch, but not one text.
+        batch = [_checked_text(text)]
+        [encoding] = self.backend.encode_batch_fast(batch, add_special_tokens=add_special_tokens)
+        return encoding.ids
 
     def encode_batch(
         self, texts: Sequence[str], add_special_tokens: bool = True
