@@ -37,6 +37,7 @@ from jaxllm.prompts import (
     tokenize_chat,
     tokenize_prompt,
 )
+from jaxllm.request_error import RequestError
 from jaxllm.sampling_params import RequestOutputKind, SamplingParams
 from jaxllm.startup import RunningEngine, start_engine
 from jaxllm.text.tokenizer import Tokenizer
@@ -257,18 +258,21 @@ class AsyncEngine:
         if request_id is None:
             request_id = uuid.uuid4().hex
         elif not isinstance(request_id, str) or not request_id:
-            raise ValueError(f"request_id must be a non-empty string, got {request_id!r}")
+            raise RequestError(f"request_id must be a non-empty string, got {request_id!r}")
         self._mailbox.attach()
         stream = self._mailbox.open(request_id, params.output_kind is RequestOutputKind.DELTA)
         finished = False
 
         def make_request() -> Request:
+            prompt = tokenize()
+            if None not in (cache_salt, prompt.cache_salt):
+                raise RequestError("cache_salt was given twice: in the prompt and beside it")
             return self.running.request(
                 stream.engine_id,
-                tokenize(),
+                prompt,
                 params,
                 priority=priority,
-                cache_salt=cache_salt,
+                cache_salt=prompt.cache_salt if cache_salt is None else cache_salt,
                 pooling=pooling,
             )
 

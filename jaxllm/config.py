@@ -9,10 +9,31 @@ import math
 from dataclasses import dataclass
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+# Far above every model there is. A file that claims more is wrong, and is told so before anything
+# as large is made; the products of these stay below 2 ** 63.
+LARGEST = {
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 22,
+    "num_layers": 1 << 12,
+    "num_heads": 1 << 14,
+    "num_kv_heads": 1 << 14,
+    "head_dim": 1 << 12,
+    "max_position_embeddings": 1 << 27,
+}
+LARGEST_ROPE_FACTOR = 1 << 20
 
 
 class ModelError(ValueError):
     """A model's files cannot be used; the message says which file, what is wrong, what would do."""
+
+
+def check_size(name: str, value: int, largest: int) -> None:
+    """Raises ModelError unless value is an integer from 1 to largest."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ModelError(f"{name} must be a positive integer, got {value!r}")
+    if value > largest:
+        raise ModelError(f"{name} must be at most {largest}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -44,8 +65,17 @@ class RopeConfig:
             )
         if not 0 < self.theta < math.inf:
             raise ModelError(f"rope_theta must be positive and finite, got {self.theta}")
-        if not 0 < self.factor < math.inf:
-            raise ModelError(f"rope scaling factor must be positive and finite, got {self.factor}")
+        if not 0 < self.factor <= LARGEST_ROPE_FACTOR:
+            raise ModelError(
+                f"rope scaling factor must be positive and at most {LARGEST_ROPE_FACTOR}, "
+                f"got {self.factor}"
+            )
+        if self.original_max_position_embeddings is not None:
+            check_size(
+                "original_max_position_embeddings",
+                self.original_max_position_embeddings,
+                LARGEST["max_position_embeddings"],
+            )
 
 
 @dataclass(frozen=True)
@@ -53,7 +83,7 @@ class ModelConfig:
     """The shape of a decoder. Letters as everywhere: L layers, E model width, F feed-forward width,
     H query heads, K key/value heads, D head size, V vocabulary.
 
-    Raises ModelError when the sizes contradict each other.
+    Raises ModelError when the sizes contradict each other or are beyond LARGEST.
     """
 
     architecture: str  # the name in config.json's "architectures"
@@ -73,18 +103,12 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False  # RMS norm over each query and key head (Qwen3)
     sliding_windows: tuple[int, ...] = ()  # one a layer, 0 = no window; () = no layer has one
-    bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     checkpoint_dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size", "hidden_size", "intermediate_size", "num_layers",
-            "num_heads", "num_kv_heads", "head_dim", "max_position_embeddings",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ModelError(f"{name} must be a positive integer, got {value!r}")
+        for name, largest in LARGEST.items():
+            check_size(name, getattr(self, name), largest)
         if self.num_heads % self.num_kv_heads:
             raise ModelError(
                 f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads "
@@ -111,14 +135,14 @@ class ModelConfig:
     def max_context_len(self) -> int:
         """The longest sequence that the positions are made for. ``linear`` and ``dynamic`` stretch
         max_position_embeddings, ``yarn`` the original length; ``llama3`` checkpoints already say
-        the stretched length."""
+        the stretched length. Never more than LARGEST allows for max_position_embeddings."""
         longest, rope = self.max_position_embeddings, self.rope
         if rope.rope_type in ("linear", "dynamic"):
-            return int(longest * rope.factor)
+            longest = max(1, int(longest * rope.factor))
         if rope.rope_type == "yarn":
             original = rope.original_max_position_embeddings or longest
-            return max(longest, int(original * rope.factor))
-        return longest
+            longest = max(longest, int(original * rope.factor))
+        return min(longest, LARGEST["max_position_embeddings"])
 
     def window(self, layer: int) -> int:
         """The sliding window of a layer in tokens; 0 means that it sees the whole context."""

@@ -22,9 +22,11 @@ class EngineOptions:
     layer_loop: "auto" ("switch" on CPU, else "scan"), "switch" or "scan".
     cache_dir: folder for fetched models and compiled programs; None: the user's cache folder.
     program_cache: keep compiled programs on disk.
+
+    Raises ValueError naming the option, its value and what would do.
     """
 
-    tokenizer: str | None = None
+    tokenizer: str | Path | None = None
     revision: str | None = None
     dtype: str = "auto"
     max_model_len: int | None = None
@@ -44,6 +46,23 @@ class EngineOptions:
     program_cache: bool = True
 
     def __post_init__(self) -> None:
+        self._check_types()
+        self._check_choices()
+
+    def _check_types(self) -> None:
+        def check(name: str, is_right: bool, expected: str) -> None:
+            if not is_right:
+                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+
+        for name in ("enable_prefix_caching", "forbid_compile", "program_cache"):
+            check(name, isinstance(getattr(self, name), bool), "True or False")
+        for name in ("revision", "attention"):
+            check(name, isinstance(getattr(self, name), str | None), "a string or None")
+        for name in ("tokenizer", "cache_dir"):
+            check(name, isinstance(getattr(self, name), str | Path | None), "a path or None")
+        check("seed", type(self.seed) is int, "an integer")
+
+    def _check_choices(self) -> None:
         for name, choices in (
             ("dtype", ("auto", "bfloat16", "float32")),
             ("layer_loop", ("auto", "switch", "scan")),

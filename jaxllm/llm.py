@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jaxllm.engine.engine import Request
@@ -16,6 +16,7 @@ from jaxllm.prompts import (
     Prompt,
     TokenizedPrompt,
     checked_pooling,
+    conversations,
     is_single_prompt,
     params_of_kind,
     tokenize_chat,
@@ -114,11 +115,9 @@ class LLM:
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answers to one conversation or to a list of them, through the chat template."""
-        is_one = bool(messages) and isinstance(messages[0], Mapping)
-        conversations = [messages] if is_one else list(messages)
         tokenized = [
             tokenize_chat(
-                [dict(message) for message in conversation],  # type: ignore[arg-type]
+                conversation,
                 self._running.tokenizer,
                 chat_template=chat_template,
                 add_generation_prompt=add_generation_prompt,
@@ -126,7 +125,7 @@ class LLM:
                 tools=tools,
                 **(chat_template_kwargs or {}),
             )
-            for conversation in conversations
+            for conversation in conversations(messages)
         ]
         per_prompt = self._params_of_each(sampling_params, len(tokenized))
         return self._run(tokenized, per_prompt, use_tqdm, None)
@@ -145,15 +144,19 @@ class LLM:
         return self._stream(request)
 
     def _stream(self, request: Request) -> Iterator[CompletionOutput]:
-        request_id = self._add(request)
+        self._check_open()
+        self.engine.add_request(request)
+        inbox = self._inboxes[request.request_id] = deque()
         try:
             finished = False
             while not finished:
-                output = self._next_output(request_id)
+                while not inbox:
+                    self._step()
+                output = inbox.popleft()
                 finished = output.finished
                 yield from output.outputs
         finally:
-            self._forget([request_id])
+            self._forget([request])
 
     def _tokenize(self, prompts: Prompt | Sequence[Prompt]) -> list[TokenizedPrompt]:
         batch = [prompts] if is_single_prompt(prompts) else list(prompts)
@@ -168,36 +171,48 @@ class LLM:
         priority: Sequence[int] | None,
         pooling: Sequence[PoolingParams] | None = None,
     ) -> list[RequestOutput]:
-        if priority is not None and len(priority) != len(prompts):
-            raise ValueError(f"{len(priority)} priorities for {len(prompts)} prompts")
-        request_ids: list[str] = []
+        if priority is not None:
+            _check_list("priority", priority, "a list of integers")
+            if len(priority) != len(prompts):
+                raise ValueError(f"{len(priority)} priorities for {len(prompts)} prompts")
+        self._check_open()
+        requests = [
+            self._request(
+                prompt, params, priority[i] if priority else 0, pooling[i] if pooling else None
+            )
+            for i, (prompt, params) in enumerate(zip(prompts, per_prompt, strict=True))
+        ]
         try:
-            for i, (prompt, params) in enumerate(zip(prompts, per_prompt, strict=True)):
-                request = self._request(
-                    prompt,
-                    params,
-                    priority[i] if priority else 0,
-                    pooling[i] if pooling else None,
-                )
-                request_ids.append(self._add(request))
-            return self._collect(request_ids, use_tqdm)
+            return self._collect(requests, use_tqdm)
         finally:
-            self._forget(request_ids)
+            self._forget(requests)
 
-    def _collect(self, request_ids: list[str], use_tqdm: bool) -> list[RequestOutput]:
+    def _collect(self, requests: Sequence[Request], use_tqdm: bool) -> list[RequestOutput]:
         from tqdm.auto import tqdm
 
-        with tqdm(total=len(request_ids), disable=not use_tqdm, desc="Processed prompts") as bar:
-            outputs = []
-            for request_id in request_ids:
-                outputs.append(self._next_output(request_id, bar))
-            bar.update(len(request_ids) - bar.n)
-        return outputs
+        waiting = deque(requests)
+        inboxes = [self._inboxes.setdefault(r.request_id, deque()) for r in requests]
+        self._feed(waiting)
+        for request in waiting:  # those whose turn comes later
+            self.engine.check(request)
+        with tqdm(total=len(requests), disable=not use_tqdm, desc="Processed prompts") as bar:
+            for inbox in inboxes:
+                while not inbox:
+                    self._step(bar)
+                    self._feed(waiting)
+            bar.update(len(requests) - bar.n)
+        return [inbox.popleft() for inbox in inboxes]
+
+    def _feed(self, waiting: deque[Request]) -> None:
+        """Gives the engine as many requests as its queue takes."""
+        while waiting and self.engine.has_room:
+            self.engine.add_request(waiting.popleft())
 
     def _params_of_each(self, params: Params, count: int) -> list[SamplingParams]:
         kind = RequestOutputKind.FINAL_ONLY
         if params is None or isinstance(params, SamplingParams):
             return [self._params(params, kind)] * count
+        _check_list("sampling_params", params, "SamplingParams or a list of them")
         if len(params) != count:
             raise ValueError(f"{len(params)} sampling_params for {count} prompts")
         return [self._params(each, kind) for each in params]
@@ -223,27 +238,33 @@ class LLM:
         pooling: PoolingParams | None = None,
     ) -> Request:
         request_id = str(next(self._ids))
-        return self._running.request(request_id, prompt, params, priority=priority, pooling=pooling)
+        return self._running.request(
+            request_id,
+            prompt,
+            params,
+            priority=priority,
+            cache_salt=prompt.cache_salt,
+            pooling=pooling,
+        )
 
-    def _add(self, request: Request) -> str:
+    def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("this LLM was closed; make another one")
-        self.engine.add_request(request)
-        self._inboxes[request.request_id] = deque()
-        return request.request_id
 
-    def _next_output(self, request_id: str, bar: Any = None) -> RequestOutput:
-        """Steps the engine until this request has an output; others' outputs wait in theirs."""
-        inbox = self._inboxes[request_id]
-        while not inbox:
-            for output in self.engine.step():
-                if output.request_id in self._inboxes:
-                    self._inboxes[output.request_id].append(output)
-                if bar is not None and output.finished:
-                    bar.update()
-        return inbox.popleft()
+    def _step(self, bar: Any = None) -> None:
+        """One step of the engine; each output goes to its request's inbox."""
+        for output in self.engine.step():
+            if output.request_id in self._inboxes:
+                self._inboxes[output.request_id].append(output)
+            if bar is not None and output.finished:
+                bar.update()
 
-    def _forget(self, request_ids: list[str]) -> None:
-        for request_id in request_ids:
-            self.engine.abort(request_id)
-            self._inboxes.pop(request_id, None)
+    def _forget(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self.engine.abort(request.request_id)
+            self._inboxes.pop(request.request_id, None)
+
+
+def _check_list(name: str, value: Any, wanted: str) -> None:
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise ValueError(f"{name} must be {wanted}, got {type(value).__name__}")

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxllm.request_error import RequestError
+
 POOLINGS = ("mean", "last")
 
 
@@ -24,20 +26,29 @@ class PoolingParams:
 
     def __post_init__(self) -> None:
         if not isinstance(self.pooling, str) or self.pooling not in POOLINGS:
-            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {self.pooling!r}")
+            raise RequestError(
+                f"pooling must be one of {', '.join(POOLINGS)}, got {self.pooling!r}",
+                param="pooling",
+            )
         if not isinstance(self.normalize, bool):
-            raise ValueError(f"normalize must be True or False, got {self.normalize!r}")
+            raise RequestError(
+                f"normalize must be True or False, got {self.normalize!r}", param="normalize"
+            )
         if self.dimensions is not None and (
             type(self.dimensions) is not int or self.dimensions < 1
         ):
-            raise ValueError(f"dimensions must be a positive integer, got {self.dimensions!r}")
+            raise RequestError(
+                f"dimensions must be a positive integer, got {self.dimensions!r}",
+                param="dimensions",
+            )
 
     def check_size(self, hidden_size: int) -> None:
         """Raises ValueError if the model has fewer numbers than are asked for."""
         if self.dimensions is not None and self.dimensions > hidden_size:
-            raise ValueError(
+            raise RequestError(
                 f"dimensions must be between 1 and {hidden_size}, the model's hidden size, "
-                f"got {self.dimensions}"
+                f"got {self.dimensions}",
+                param="dimensions",
             )
 
     def finish(self, pooled: np.ndarray) -> np.ndarray:

@@ -8,21 +8,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxllm.pooling_params import PoolingParams
+from jaxllm.request_error import RequestError
 from jaxllm.sampling_params import RequestOutputKind, SamplingParams
 from jaxllm.text.chat_template import render_chat
 from jaxllm.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
-# Text, token ids, {"prompt": ...} or {"prompt_token_ids": ...}, or the messages of a chat.
+# Text, token ids, {"prompt": ...} or {"prompt_token_ids": ...} (both may have a "cache_salt"), or
+# the messages of a chat.
 Prompt = str | Sequence[int] | Mapping[str, Any] | Sequence[Message]
 
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """text is None where the user gave token ids."""
+    """text is None where the user gave token ids. cache_salt: cached blocks are shared only between
+    prompts of the same salt."""
 
     token_ids: list[int]
     text: str | None
+    cache_salt: str | None = None
 
 
 def is_single_prompt(prompts: Any) -> bool:
@@ -30,7 +34,10 @@ def is_single_prompt(prompts: Any) -> bool:
     if isinstance(prompts, str | Mapping):
         return True
     if not isinstance(prompts, Sequence):
-        raise ValueError(f"prompts must be text, token ids or a list, got {type(prompts).__name__}")
+        raise RequestError(
+            f"prompts must be text, token ids or a list, got {type(prompts).__name__}",
+            param="prompt",
+        )
     first = prompts[0] if prompts else ""
     return isinstance(first, int) or is_chat(prompts)
 
@@ -45,22 +52,56 @@ def is_chat(prompt: Any) -> bool:
     )
 
 
+def conversations(messages: Any) -> list[list[dict[str, Any]]]:
+    """One conversation or a list of them as a list. Raises ValueError for what is neither."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        raise RequestError(
+            f"messages must be a list of messages, got {type(messages).__name__}", param="prompt"
+        )
+    if not messages:
+        raise RequestError("messages is empty; give at least one message", param="prompt")
+    batch = [messages] if isinstance(messages[0], Mapping) else messages
+    for conversation in batch:
+        is_list = isinstance(conversation, Sequence) and not isinstance(conversation, str)
+        if not is_list or not conversation or not all(isinstance(m, Mapping) for m in conversation):
+            raise RequestError(
+                f"messages must be a conversation or a list of them, each a non-empty list of "
+                f"objects; got {conversation!r:.80}",
+                param="prompt",
+            )
+    return [[dict(message) for message in conversation] for conversation in batch]
+
+
 def tokenize_prompt(prompt: Prompt, tokenizer: Tokenizer) -> TokenizedPrompt:
     """Raises ValueError for what is no prompt."""
     if isinstance(prompt, str):
         return TokenizedPrompt(tokenizer.encode(prompt), prompt)
     if isinstance(prompt, Mapping):
-        known = {"prompt", "prompt_token_ids"}
-        if len(prompt) != 1 or not known & prompt.keys():
-            raise ValueError(
-                f"a prompt given as a dict has 'prompt' or 'prompt_token_ids', got {list(prompt)}"
-            )
-        return tokenize_prompt(next(iter(prompt.values())), tokenizer)
+        return _tokenize_dict(dict(prompt), tokenizer)
     if is_chat(prompt):
         return tokenize_chat([dict(message) for message in prompt], tokenizer)  # type: ignore[arg-type]
     if isinstance(prompt, Sequence):
         return TokenizedPrompt(list(prompt), None)  # type: ignore[arg-type]
-    raise ValueError(f"a prompt must be text or token ids, got {type(prompt).__name__}")
+    raise RequestError(
+        f"a prompt must be text or token ids, got {type(prompt).__name__}", param="prompt"
+    )
+
+
+def _tokenize_dict(prompt: dict[str, Any], tokenizer: Tokenizer) -> TokenizedPrompt:
+    given = list(prompt)
+    salt = prompt.pop("cache_salt", None)
+    if "cache_salt" in given and (not isinstance(salt, str) or not salt):
+        raise RequestError(
+            f"cache_salt must be a non-empty string, got {salt!r}", param="cache_salt"
+        )
+    if len(prompt) != 1 or not {"prompt", "prompt_token_ids"} & prompt.keys():
+        raise RequestError(
+            f"a prompt given as a dict has 'prompt' or 'prompt_token_ids', and may have "
+            f"'cache_salt'; got {given}",
+            param="prompt",
+        )
+    (content,) = prompt.values()
+    return dataclasses.replace(tokenize_prompt(content, tokenizer), cache_salt=salt)
 
 
 def tokenize_chat(
@@ -74,7 +115,9 @@ def tokenize_chat(
     The template writes special tokens itself, so none are added."""
     template = chat_template or tokenizer.chat_template
     if template is None:
-        raise ValueError("this model has no chat template; give chat_template or use generate")
+        raise RequestError(
+            "this model has no chat template; give chat_template or use generate", param="prompt"
+        )
     text = render_chat(template, messages, special_tokens=tokenizer.special_tokens, **options)
     return TokenizedPrompt(tokenizer.encode(text, add_special_tokens=False), text)
 
@@ -85,7 +128,9 @@ def checked_pooling(params: PoolingParams | None, hidden_size: int) -> PoolingPa
     if params is None:
         return PoolingParams()
     if not isinstance(params, PoolingParams):
-        raise ValueError(f"pooling_params must be PoolingParams, got {type(params).__name__}")
+        raise RequestError(
+            f"pooling_params must be PoolingParams, got {type(params).__name__}", param="prompt"
+        )
     params.check_size(hidden_size)
     return params
 
@@ -100,5 +145,7 @@ def params_of_kind(
     if params is None:
         params = SamplingParams.from_dict(default)
     elif not isinstance(params, SamplingParams):
-        raise ValueError(f"sampling_params must be SamplingParams, got {type(params).__name__}")
+        raise RequestError(
+            f"sampling_params must be SamplingParams, got {type(params).__name__}", param="prompt"
+        )
     return dataclasses.replace(params, output_kind=kind)

@@ -6,8 +6,9 @@ import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
-from typing import Any
+from typing import Any, NoReturn
 
+from jaxllm.request_error import RequestError
 from jaxllm.structured_outputs import StructuredOutputsParams
 
 MAX_LOGPROBS = 20
@@ -73,14 +74,20 @@ class SamplingParams:
         for name in ("stop_token_ids", "allowed_token_ids", "banned_token_ids"):
             set_(self, name, _token_ids(name, getattr(self, name)))
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
-            raise ValueError("allowed_token_ids must not be empty; leave it out to allow all")
+            raise RequestError(
+                "allowed_token_ids must not be empty; leave it out to allow all",
+                param="allowed_token_ids",
+            )
         set_(self, "logit_bias", _bias(self.logit_bias))
         if self.stop and not self.detokenize:
-            raise ValueError("stop strings need detokenize=True")
+            raise RequestError("stop strings need detokenize=True", param="stop")
         if self.allowed_token_ids and set(self.allowed_token_ids) <= set(
             self.banned_token_ids or ()
         ):
-            raise ValueError("banned_token_ids leaves nothing of allowed_token_ids; allow another")
+            raise RequestError(
+                "banned_token_ids leaves nothing of allowed_token_ids; allow another",
+                param="banned_token_ids",
+            )
         if self.top_k == -1:
             set_(self, "top_k", 0)
         self._check_structured_outputs()
@@ -92,13 +99,14 @@ class SamplingParams:
         if structured is None:
             return
         if not isinstance(structured, StructuredOutputsParams):
-            raise ValueError(
+            raise RequestError(
                 f"structured_outputs must be StructuredOutputsParams, got "
-                f"{type(structured).__name__}"
+                f"{type(structured).__name__}",
+                param="structured_outputs",
             )
         for name in ("min_tokens", "allowed_token_ids", "banned_token_ids"):
             if getattr(self, name):
-                raise ValueError(f"{name} cannot be combined with structured_outputs")
+                raise RequestError(f"{name} cannot be combined with structured_outputs", param=name)
 
     def _check_numbers(self) -> None:
         _integer("n", self.n, 1, MAX_N)
@@ -115,16 +123,18 @@ class SamplingParams:
             _integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
         _integer("min_tokens", self.min_tokens, 0, 2**31 - 1)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise ValueError(
-                f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})"
+            raise RequestError(
+                f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})",
+                param="min_tokens",
             )
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             if value is not None:
                 _integer(name, value, 0, MAX_LOGPROBS)
         if self.greedy and self.n > 1:
-            raise ValueError(
-                f"n must be 1 with temperature 0 (all answers would be the same), got {self.n}"
+            raise RequestError(
+                f"n must be 1 with temperature 0 (all answers would be the same), got {self.n}",
+                param="n",
             )
 
     def _check_flags(self) -> None:
@@ -132,9 +142,9 @@ class SamplingParams:
             "include_stop_str_in_output", "ignore_eos", "detokenize", "skip_special_tokens",
         ):  # fmt: skip
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+                _refuse(name, "be true or false", getattr(self, name))
         if not isinstance(self.output_kind, RequestOutputKind):
-            raise ValueError(f"output_kind must be a RequestOutputKind, got {self.output_kind!r}")
+            _refuse("output_kind", "be a RequestOutputKind", self.output_kind)
 
     @property
     def greedy(self) -> bool:
@@ -150,8 +160,9 @@ class SamplingParams:
         for name in ("stop_token_ids", "allowed_token_ids", "banned_token_ids", "logit_bias"):
             for token_id in getattr(self, name) or ():
                 if not 0 <= token_id < vocab_size:
-                    raise ValueError(
-                        f"{name} has token id {token_id}, outside the vocabulary of {vocab_size}"
+                    raise RequestError(
+                        f"{name} has token id {token_id}, outside the vocabulary of {vocab_size}",
+                        param=name,
                     )
 
     @classmethod
@@ -160,7 +171,7 @@ class SamplingParams:
         known = {f.name for f in fields(cls)} - {"output_kind"}
         for name in options:
             if name not in known:
-                raise ValueError(
+                raise RequestError(
                     f"unknown sampling option {name!r}; known: {', '.join(sorted(known))}"
                 )
         structured = options.get("structured_outputs")
@@ -172,28 +183,33 @@ class SamplingParams:
         return cls(**options)
 
 
+def _refuse(name: str, must: str, value: Any) -> NoReturn:
+    """name: the option, and perhaps which entry of it."""
+    option = name.replace("[", " ").split()[0]
+    raise RequestError(f"{name} must {must}, got {value!r}", param=option)
+
+
 def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
     ok = isinstance(value, numbers.Real) and not isinstance(value, bool)  # NaN fails the next line
     if not ok or not (low < value if open_low else low <= value) or value > high:
-        bracket = "(" if open_low else "["
-        raise ValueError(f"{name} must be a number in {bracket}{low}, {high}], got {value!r}")
+        _refuse(name, f"be a number in {'(' if open_low else '['}{low}, {high}]", value)
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> None:
     ok = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not ok or not low <= value <= high:
-        raise ValueError(f"{name} must be an integer in [{low}, {high}], got {value!r}")
+        _refuse(name, f"be an integer in [{low}, {high}]", value)
 
 
 def _strings(name: str, value: Any) -> tuple[str, ...]:
     if value is None:
         return ()
     if isinstance(value, (bytes, Mapping)) or not hasattr(value, "__iter__"):
-        raise ValueError(f"{name} must be a string or a list of strings, got {value!r}")
+        _refuse(name, "be a string or a list of strings", value)
     values = (value,) if isinstance(value, str) else tuple(value)
     for item in values:
         if not isinstance(item, str) or not item:
-            raise ValueError(f"{name} must be non-empty strings, got {item!r}")
+            _refuse(name, "be non-empty strings", item)
     return values
 
 
@@ -201,7 +217,7 @@ def _token_ids(name: str, value: Any) -> tuple[int, ...] | None:
     if value is None:
         return None
     if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__iter__"):
-        raise ValueError(f"{name} must be a list of token ids, got {value!r}")
+        _refuse(name, "be a list of token ids", value)
     values = tuple(value)
     for item in values:
         _integer(f"{name} entry", item, 0, 2**31 - 1)
@@ -212,7 +228,7 @@ def _bias(value: Any) -> dict[int, float] | None:
     if value is None:
         return None
     if not isinstance(value, Mapping):
-        raise ValueError(f"logit_bias must map token ids to numbers, got {value!r}")
+        _refuse("logit_bias", "map token ids to numbers", value)
     bias = {}
     for key, number in value.items():
         token_id = int(key) if isinstance(key, str) and key.isdecimal() and len(key) < 20 else key

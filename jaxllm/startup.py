@@ -21,18 +21,17 @@ from jaxllm.engine_options import EngineOptions
 from jaxllm.loading.config_json import generation_defaults, model_config_from_hf
 from jaxllm.loading.gguf_source import GGUFFile
 from jaxllm.loading.hub import ModelFiles, cache_folder, find_model
-from jaxllm.loading.load import load_parameters, plan_leaves
+from jaxllm.loading.load import check_num_layers, load_parameters, plan_leaves
 from jaxllm.loading.safetensors_source import SafetensorsSource
 from jaxllm.loading.source import TensorSource
 from jaxllm.models.decoder import Model
-from jaxllm.models.registry import build_model
 from jaxllm.prompts import TokenizedPrompt
 from jaxllm.runtime import kv_cache, memory
 from jaxllm.runtime.buckets import TokenRounding
 from jaxllm.runtime.compilation import Compiler, ProgramCache
 from jaxllm.runtime.memory import MemoryPlan
 from jaxllm.runtime.model_runner import ModelRunner
-from jaxllm.runtime.step import StepOptions
+from jaxllm.runtime.step import StepOptions, abstract_tables
 from jaxllm.sampling_params import SamplingParams
 from jaxllm.text.constraint import ConstraintMaker
 from jaxllm.text.tokenizer import Tokenizer, load_tokenizer_from_folder, load_tokenizer_from_gguf
@@ -94,7 +93,7 @@ class _Checkpoint:
         assert files.folder is not None
         return cls(files, model_config_from_hf(files.folder), SafetensorsSource(files.folder), None)
 
-    def tokenizer(self, other: str | None) -> Tokenizer:
+    def tokenizer(self, other: str | Path | None) -> Tokenizer:
         if other is not None:
             if Path(other).suffix == ".gguf":
                 return load_tokenizer_from_gguf(GGUFFile(Path(other)).metadata)
@@ -117,6 +116,7 @@ def start_engine(model_name: str, options: EngineOptions) -> RunningEngine:
     cache_dir = Path(options.cache_dir) if options.cache_dir else cache_folder()
     files = find_model(model_name, revision=options.revision, cache_dir=cache_dir)
     checkpoint = _Checkpoint.open(files)
+    check_num_layers(checkpoint.config, checkpoint.source)
     device = jax.devices()[0]
     model = _build_model(checkpoint.config, options, device)
     plan_leaves(checkpoint.config, model.abstract_parameters(), checkpoint.source)
@@ -147,12 +147,13 @@ def start_engine(model_name: str, options: EngineOptions) -> RunningEngine:
     except BaseException:
         compiler.close()
         raise
+    eos_token_ids = _end_tokens(model.config, tokenizer)
     engine = Engine(
         config,
         runner,
         vocab_size=model.config.vocab_size,
         tokenizer=tokenizer,
-        eos_token_ids=model.config.eos_token_ids,
+        eos_token_ids=eos_token_ids,
         max_num_waiting=options.max_num_waiting,
         round_budget=TokenRounding(runner.buckets),
     )
@@ -163,11 +164,19 @@ def start_engine(model_name: str, options: EngineOptions) -> RunningEngine:
         time.monotonic() - started, opened - started, loaded - opened,
         time.monotonic() - loaded, compiler.num_ready, compiler.num_programs,
     )  # fmt: skip
-    constraints = ConstraintMaker(tokenizer, model.config.vocab_size, model.config.eos_token_ids)
+    constraints = ConstraintMaker(tokenizer, model.config.vocab_size, eos_token_ids)
     return RunningEngine(
         engine, runner, tokenizer, model_name, model.config, plan, constraints,
         checkpoint.default_sampling(),
     )  # fmt: skip
+
+
+def _end_tokens(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """What ends an answer: the configuration's tokens, and the tokenizer's where the model has it."""
+    ids, eos = config.eos_token_ids, tokenizer.eos_token_id
+    if eos is None or eos in ids or eos >= config.vocab_size:
+        return ids
+    return (*ids, eos)
 
 
 def _build_model(config: ModelConfig, options: EngineOptions, device: jax.Device) -> Model:
@@ -177,7 +186,7 @@ def _build_model(config: ModelConfig, options: EngineOptions, device: jax.Device
     layer_loop = options.layer_loop
     if layer_loop == "auto":
         layer_loop = "switch" if device.platform == "cpu" else "scan"
-    return build_model(config, layer_loop=layer_loop, dtype=jnp.dtype(dtype))  # type: ignore[arg-type]
+    return Model(config, layer_loop, jnp.dtype(dtype))  # type: ignore[arg-type]
 
 
 def _engine_config(model: Model, options: EngineOptions, device: jax.Device) -> EngineConfig:
@@ -243,7 +252,7 @@ def _memory_plan(model: Model, config: EngineConfig, runner: ModelRunner) -> Mem
 
 
 def _table_bytes(config: ModelConfig, max_num_seqs: int) -> int:
-    return (8 * config.vocab_size + 4 * config.hidden_size) * max_num_seqs
+    return _num_bytes(abstract_tables(config, max_num_seqs))
 
 
 def _num_bytes(tree: Any) -> int:

@@ -7,17 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jaxllm.request_error import RequestError
+
 MAX_CHARS = 256 * 1024  # of a schema, a pattern or a grammar
 MAX_CHOICES = 1024
 FORMS = ("json", "regex", "choice", "grammar", "json_object")
 
 
-class FormError(ValueError):
+class FormError(RequestError):
     """No answer of this form can be given. source: the option that asks for it."""
 
     def __init__(self, source: str, reason: str) -> None:
-        super().__init__(f"{source}: {reason}")
-        self.source = source
+        super().__init__(f"{source}: {reason}", param=source)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +44,14 @@ class StructuredOutputsParams:
     def __post_init__(self) -> None:
         given = [name for name in FORMS if getattr(self, name) is not None]
         if len(given) != 1 or self.json_object is False:
-            raise ValueError(
+            raise RequestError(
                 f"structured_outputs needs one of {', '.join(FORMS)}; got "
                 f"{', '.join(given) or 'none'}"
             )
         if not isinstance(self.after_reasoning, bool):
-            raise ValueError(f"after_reasoning must be true or false, got {self.after_reasoning!r}")
+            raise RequestError(
+                f"after_reasoning must be true or false, got {self.after_reasoning!r}"
+            )
         [name] = given
         set_ = object.__setattr__  # frozen: normalised once, here
         if name == "json":
@@ -57,7 +60,7 @@ class StructuredOutputsParams:
             set_(self, "choice", _choices(self.choice))
         elif name == "json_object":
             if self.json_object is not True:
-                raise ValueError(f"json_object must be true, got {self.json_object!r}")
+                raise RequestError(f"json_object must be true, got {self.json_object!r}")
         else:
             _text(name, getattr(self, name))
 
@@ -67,7 +70,7 @@ class StructuredOutputsParams:
         known = FORMS
         for name in options:
             if name not in known:
-                raise ValueError(
+                raise RequestError(
                     f"structured_outputs has no {name!r:.80}; known: {', '.join(known)}"
                 )
         return cls(**options)
@@ -80,22 +83,22 @@ def _schema(schema: Any) -> Any:
         try:
             schema = json_module.loads(schema)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"json must be a JSON schema: {error}") from None
+            raise RequestError(f"json must be a JSON schema: {error}") from None
     if not isinstance(schema, Mapping):
-        raise ValueError(f"json must be a JSON schema, got {type(schema).__name__}")
+        raise RequestError(f"json must be a JSON schema, got {type(schema).__name__}")
     try:
         text = json_module.dumps(schema, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"json must be a JSON schema: {error}") from None
+        raise RequestError(f"json must be a JSON schema: {error}") from None
     _text("json", text)
     return json_module.loads(text)  # a copy, which nobody changes
 
 
 def _choices(choices: Any) -> tuple[str, ...]:
     if isinstance(choices, str | bytes | Mapping) or not isinstance(choices, Sequence):
-        raise ValueError(f"choice must be a list of texts, got {choices!r:.80}")
+        raise RequestError(f"choice must be a list of texts, got {choices!r:.80}")
     if not 1 <= len(choices) <= MAX_CHOICES:
-        raise ValueError(f"choice must have 1 to {MAX_CHOICES} texts, got {len(choices)}")
+        raise RequestError(f"choice must have 1 to {MAX_CHOICES} texts, got {len(choices)}")
     for text in choices:
         _text("choice", text)
     return tuple(choices)
@@ -103,6 +106,6 @@ def _choices(choices: Any) -> tuple[str, ...]:
 
 def _text(name: str, text: Any) -> None:
     if not isinstance(text, str) or not text:
-        raise ValueError(f"{name} must be a text that is not empty, got {text!r:.80}")
+        raise RequestError(f"{name} must be a text that is not empty, got {text!r:.80}")
     if len(text) > MAX_CHARS:
-        raise ValueError(f"{name} may have {MAX_CHARS} characters, got {len(text)}")
+        raise RequestError(f"{name} may have {MAX_CHARS} characters, got {len(text)}")

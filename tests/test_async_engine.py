@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -132,6 +134,7 @@ async def test_without_params_the_models_defaults_are_taken(
         ({"prompt": "a", "request_id": ""}, "request_id must be a non-empty string"),
         ({"prompt": "a", "priority": 1}, "scheduling_policy='priority'"),
         ({"prompt": "a", "cache_salt": 3}, "cache_salt must be a string"),
+        ({"prompt": {"prompt": "a", "cache_salt": "x"}, "cache_salt": "x"}, "given twice"),
     ],
 )
 async def test_invalid_request_fails_in_its_own_caller_only(
@@ -229,14 +232,51 @@ async def test_a_slow_consumer_gets_the_rest_in_one_piece(engine: AsyncEngine) -
         await anext(stream)
 
 
-async def test_abort_ends_the_iterator_with_a_last_output(engine: AsyncEngine) -> None:
+async def test_abort_ends_the_iterator_with_a_last_output(
+    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, go_on, numbers = engine.running.engine.runner, threading.Event(), itertools.count()
+    execute = runner.execute
+
+    def held(batch: Any) -> Any:
+        if next(numbers):  # all but the first step
+            assert go_on.wait(60)
+        return execute(batch)
+
+    monkeypatch.setattr(runner, "execute", held)
     stream = engine.generate("The fox", LONG, "one")
-    await anext(stream)
+    first = await anext(stream)
     await engine.abort("one")
     await engine.abort("never seen")
-    last = (await collect(stream))[-1]
-    assert (last.finished, last.outputs[0].finish_reason) == (True, "abort")
-    assert len(last.outputs[0].token_ids) < 200
+    go_on.set()  # for the step under way
+    rest = await collect(stream)
+    assert (rest[-1].finished, rest[-1].outputs[0].finish_reason) == (True, "abort")
+    assert [len(o.outputs[0].token_ids) for o in [first, *rest]] in ([1, 1, 0], [1, 1])
+
+
+def test_an_engine_that_nobody_closes_does_not_hold_up_the_end(tiny_llama_folder: Path) -> None:
+    program = f"""
+import asyncio, atexit
+from jaxllm import AsyncEngine
+
+def report():  # after all that end before it, for it is registered first
+    print(thread.is_alive, figures().num_ready_programs / figures().num_programs)
+
+atexit.register(report)
+engine = AsyncEngine({str(tiny_llama_folder)!r}, program_cache=False)
+thread, figures = engine._thread, engine.running.runner.figures
+
+async def answer():
+    async for _ in engine.generate("The fox"):
+        pass
+
+asyncio.run(answer())
+"""
+    command = [sys.executable, "-c", program]
+    child = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    is_alive, ready_share = child.stdout.split()
+    assert is_alive == "False"
+    assert float(ready_share) < 0.5
 
 
 async def test_abort_before_the_request_is_tokenized(engine: AsyncEngine) -> None:
@@ -323,15 +363,18 @@ async def test_when_the_engine_dies_every_waiter_learns_it(
     own_engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = own_engine
-    streams = [engine.generate(prompt, LONG) for prompt in PROMPTS[:3]]
-    await asyncio.gather(*(anext(stream) for stream in streams))
-    tasks = [asyncio.create_task(collect(stream)) for stream in streams]
+    scheduler = engine.running.engine.scheduler
+    schedule = scheduler.schedule
 
     def fail() -> Any:
-        raise AssertionError("a block is lost")
+        if scheduler.num_running == 3:
+            raise AssertionError("a block is lost")
+        time.sleep(0.05)  # until the third has come
+        return schedule()
 
-    monkeypatch.setattr(engine.running.engine.scheduler, "schedule", fail)
-    results = await asyncio.gather(*tasks, return_exceptions=True)
+    monkeypatch.setattr(scheduler, "schedule", fail)
+    streams = [collect(engine.generate(prompt, LONG)) for prompt in PROMPTS[:3]]
+    results = await asyncio.gather(*streams, return_exceptions=True)
     assert [str(result) for result in results] == [
         "the engine died: AssertionError: a block is lost"
     ] * 3
@@ -343,8 +386,12 @@ async def test_when_the_engine_dies_every_waiter_learns_it(
         await engine.stats()
 
 
-async def test_close_ends_waiters_and_the_thread(own_engine: AsyncEngine) -> None:
+async def test_close_ends_waiters_and_the_thread(
+    own_engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with own_engine as engine:
+        step = engine.running.engine.step
+        monkeypatch.setattr(engine.running.engine, "step", lambda: time.sleep(0.05) or step())
         stream = engine.generate("The fox", LONG)
         await anext(stream)
         task = asyncio.create_task(collect(stream))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from held_command import hold
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.cli import main
@@ -273,11 +275,10 @@ def test_version(cli: Cli) -> None:
 def test_what_needs_no_engine_does_not_import_one(words: list[str]) -> None:
     program = f"""
 import sys, time
-started = time.perf_counter()
 from jaxllm.cli import main
 main({words!r})
 heavy = {{"jax", "transformers", "torch", "gguf", "tqdm", "tokenizers"}} & set(sys.modules)
-print("\\n", time.perf_counter() - started, *heavy)
+print("\\n", time.process_time(), *heavy)
 """
     runs = [
         subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -285,7 +286,7 @@ print("\\n", time.perf_counter() - started, *heavy)
     ]
     last_lines = [run.stdout.splitlines()[-1].split() for run in runs]
     assert [line[1:] for line in last_lines] == [[], []]
-    assert min(float(line[0]) for line in last_lines) < 0.3
+    assert min(float(line[0]) for line in last_lines) < 1  # of the processor; about 0.15 alone
 
 
 # ---- generate
@@ -419,15 +420,30 @@ def process(*words: object, **options: Any) -> subprocess.Popen[str]:
 
 
 def test_ctrl_c_ends_generate_with_130(tiny_llama_folder: Path, tiny_flags: list[str]) -> None:
-    child = process(
-        tiny_llama_folder, *tiny_flags, "--prompt", "a", "--stream", "--ignore-eos",
-        "--max-tokens", "240",
-    )  # fmt: skip
-    assert child.stdout is not None
-    assert child.stdout.read(1)
-    child.send_signal(signal.SIGINT)
-    _, err = child.communicate(timeout=60)
+    words = ["generate", str(tiny_llama_folder), *tiny_flags, "--prompt", "a", "--stream"]
+    with hold() as held:
+        child = subprocess.Popen(
+            held.command(*words, "--ignore-eos", "--max-tokens", "240"),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=held.environment(), pass_fds=(held.read_fd,),
+        )  # fmt: skip
+        assert child.stdout is not None
+        assert child.stdout.read(1)
+        child.send_signal(signal.SIGINT)
+        _, err = child.communicate(timeout=60)
     assert (child.returncode, err) == (130, "")
+
+
+def test_text_that_the_output_cannot_encode_is_replaced(
+    tiny_llama_folder: Path, tiny_flags: list[str]
+) -> None:
+    child = process(
+        tiny_llama_folder, *tiny_flags, "--prompt", "café", "--prompt", "b", "--max-tokens", "1",
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    out, err = child.communicate(timeout=60)
+    assert (child.returncode, err) == (0, "")
+    assert out.startswith("[1] caf?\n")
 
 
 def test_a_broken_pipe_is_quiet(tiny_llama_folder: Path, tiny_flags: list[str]) -> None:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from held_command import Hold, hold
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.cli import main
 
-ROOT = Path(__file__).parents[1]
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 GREEDY_FLAGS = ("--temperature", "0", "--max-tokens", "8", "--ignore-eos")
 CUT = "[cut off: max_tokens or the context's end]\n"
@@ -139,15 +139,17 @@ def test_a_model_without_a_template_cannot_chat(
 class Terminal:
     """A chat in a process of its own, on a pseudo-terminal."""
 
-    def __init__(self, *words: str) -> None:
+    def __init__(self, held: Hold, *words: str) -> None:
         self._screen, child_side = os.openpty()
         self.seen = ""
+        self.held = held
         self.child = subprocess.Popen(
-            [sys.executable, str(ROOT / "scripts" / "chat.py"), *words],
+            held.command("chat", *words),
             stdin=child_side,
             stdout=child_side,
             stderr=child_side,
-            env={**os.environ, "TERM": "dumb"},
+            env={**held.environment(), "TERM": "dumb"},
+            pass_fds=(held.read_fd,),
         )
         os.close(child_side)
 
@@ -162,6 +164,16 @@ class Terminal:
             self.seen += os.read(self._screen, 4096).decode(errors="replace")
         return self.seen
 
+    def interrupt_until(self, what: Callable[[str], bool]) -> str:
+        """Ctrl-C while the user's line is awaited. Python's input() misses a signal that comes
+        between its prompt and its wait: after a silence it is sent again."""
+        self.seen = ""
+        for _ in range(20):
+            self.child.send_signal(signal.SIGINT)
+            if select.select([self._screen], [], [], 3)[0]:
+                break
+        return self.wait_for(what)
+
     def close(self) -> None:
         self.child.kill()
         self.child.wait()
@@ -171,9 +183,10 @@ class Terminal:
 @pytest.fixture
 def terminal(tiny_llama_folder: Path, tiny_llm: dict[str, Any]) -> Iterator[Terminal]:
     flags = ("--temperature", "0", "--ignore-eos")
-    terminal = Terminal(str(tiny_llama_folder), *flags_of(tiny_llm), *flags)
-    yield terminal
-    terminal.close()
+    with hold() as held:
+        terminal = Terminal(held, str(tiny_llama_folder), *flags_of(tiny_llm), *flags)
+        yield terminal
+        terminal.close()
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Terminal) -> None:
@@ -182,14 +195,13 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Terminal) -> None
     echo = "The fox\r\n"
     terminal.wait_for(lambda seen: len(seen) > len(echo))  # the answer has begun
     terminal.child.send_signal(signal.SIGINT)
+    terminal.held.release()
     seen = terminal.wait_for(lambda seen: seen.endswith("> "))
     assert seen.endswith("\r\n[stopped]\r\n> ")
     assert "cut off" not in seen  # it did not run to the end of the context
 
-    terminal.seen = ""
-    time.sleep(0.2)  # Python's input() misses a signal between its prompt and its wait
-    terminal.child.send_signal(signal.SIGINT)  # where nothing is to be stopped: a hint
-    seen = terminal.wait_for(lambda seen: seen.endswith("> "))
+    # where nothing is to be stopped: a hint
+    seen = terminal.interrupt_until(lambda seen: seen.endswith("> "))
     assert "[/exit or Ctrl-D leaves" in seen
 
     terminal.type("\x04")  # Ctrl-D

@@ -150,11 +150,9 @@ def f():
 def test_importing_the_package_is_quick_and_light() -> None:
     program = """
 import sys, time
-started = time.perf_counter()
 import jaxllm
-seconds = time.perf_counter() - started
 heavy = {"jax", "jaxlib", "transformers", "torch", "flax", "aiohttp", "gguf"} & set(sys.modules)
-print(seconds, *sorted(heavy))
+print(time.process_time(), *sorted(heavy))
 """
     runs = [
         subprocess.run(
@@ -163,4 +161,4 @@ print(seconds, *sorted(heavy))
         for _ in range(2)  # the first may have to read the files from the disk
     ]
     assert [run[1:] for run in runs] == [[], []]
-    assert min(float(run[0]) for run in runs) < 0.5
+    assert min(float(run[0]) for run in runs) < 0.5  # of the processor; about 0.05 alone

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,59 @@ def test_text_ids_dicts_and_chats_are_the_same_prompts(llm: LLM) -> None:
     assert len({tuple(output.outputs[0].token_ids) for output in flat}) == 1
     given_as_text = [True, False, False, True, False, True]
     assert [output.prompt == text for output in together] == [*given_as_text, True, True]
+
+
+def test_a_salt_keeps_cached_prompts_apart(llm: LLM) -> None:
+    text = "<|user|>Is the fox quick? It is, and the dog is lazy.<|end|><|assistant|>"
+    ids = llm.get_tokenizer().encode(text)
+    cached = (len(ids) - 1) // 16 * 16
+    assert cached
+    llm.reset_prefix_cache()
+    for salt, expected in (("a", 0), ("a", cached), ("b", 0), (None, 0), ("b", cached)):
+        options = {} if salt is None else {"cache_salt": salt}
+        for prompt in ({"prompt_token_ids": ids, **options}, {"prompt": text, **options}):
+            (output,) = llm.generate(prompt, GREEDY, use_tqdm=False)
+            assert output.num_cached_tokens == expected
+            expected = cached
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda llm: llm.chat([]), "messages is empty"),
+        (lambda llm: llm.chat([[]]), r"messages must be a conversation .*; got \[\]"),
+        (lambda llm: llm.chat("Hi"), "messages must be a list of messages, got str"),
+        (lambda llm: llm.chat([5]), "messages must be a conversation .*; got 5"),
+        (lambda llm: llm.generate("a", 5), "sampling_params must be SamplingParams .*, got int"),
+        (
+            lambda llm: llm.generate("a", {"temperature": 0}),
+            "sampling_params must be SamplingParams .*, got dict",
+        ),
+        (lambda llm: llm.generate("a", [5]), "sampling_params must be SamplingParams, got int"),
+        (lambda llm: llm.generate("a", priority=5), "priority must be a list of integers, got int"),
+        (lambda llm: llm.generate({"prompt": "a", "cache_salt": 5}), "cache_salt must be .*got 5"),
+        (lambda llm: llm.generate({"cache_salt": "a"}), r"has 'prompt'.*; got \['cache_salt'\]"),
+    ],
+)
+def test_an_argument_of_another_kind_is_named(
+    llm: LLM, call: Callable[[LLM], Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(llm)
+
+
+def test_a_batch_larger_than_the_queue_is_fed_bit_by_bit(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = random_prompts(20, seed=9)
+    expected = tokens_of(llm.generate(prompts, GREEDY, use_tqdm=False))
+    monkeypatch.setattr(llm.engine, "max_num_waiting", 2)
+    assert tokens_of(llm.generate(prompts, GREEDY, use_tqdm=False)) == expected
+    num_steps = llm.engine.stats().num_steps
+    with pytest.raises(ValueError, match="999 at position 0"):  # though it would come last
+        llm.generate([*prompts, [999]], GREEDY, use_tqdm=False)
+    assert llm.engine.stats().num_steps == num_steps
+    assert_idle(llm)
 
 
 def test_chat_options_reach_the_template(llm: LLM) -> None:
@@ -306,6 +361,26 @@ def test_an_interrupt_reaches_the_user_and_the_engine_serves_on(
             llm.generate(prompts, GREEDY, use_tqdm=False)
     assert tokens_of(llm.generate(prompts, GREEDY, use_tqdm=False)) == expected
     assert_idle(llm)
+
+
+def test_a_model_that_nobody_closes_does_not_hold_up_the_end(tiny_llama_folder: Path) -> None:
+    """The README's first example: it ends while most programs are still to be compiled."""
+    program = f"""
+import atexit
+from jaxllm import LLM
+
+def report():  # after all that end before it, for it is registered first
+    print(figures().num_ready_programs / figures().num_programs)
+
+atexit.register(report)
+llm = LLM({str(tiny_llama_folder)!r}, program_cache=False)
+figures = llm._running.runner.figures
+llm.generate("The fox", use_tqdm=False)
+"""
+    child = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert float(child.stdout) < 0.5
 
 
 # ---- load

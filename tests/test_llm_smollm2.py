@@ -35,7 +35,12 @@ PROMPTS = [
     "1. Preheat the oven.\n2. Mix flour, sugar and butter.\n3.",
     "Die Hauptstadt von Deutschland ist",
 ]
-LIMITS: dict[str, Any] = {"max_model_len": 128, "max_num_seqs": 8, "max_num_batched_tokens": 64}
+LIMITS: dict[str, Any] = {
+    "max_model_len": 128,
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 64,
+    "forbid_compile": True,
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +50,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def float32(smollm2_path: Path, cache: Path) -> Iterator[LLM]:
-    with LLM(
-        str(smollm2_path), dtype="float32", cache_dir=cache, **LIMITS, compilation="ahead"
-    ) as llm:
+    with LLM(str(smollm2_path), dtype="float32", cache_dir=cache, **LIMITS) as llm:
         yield llm
 
 

@@ -6,6 +6,7 @@ Exit codes: 0, 1 failure, 2 wrong usage or input, 130 Ctrl-C, 141 the reader of 
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import signal
@@ -39,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if argv is None:
         _repeat_lost_interrupts()
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # an answer may have characters that a terminal in ASCII or Latin-1 has not
+            sys.stdout.reconfigure(errors="replace")
     code = _run(sys.argv[1:] if argv is None else argv, ends_process=argv is None)
     if argv is None:
         # Not sys.exit: it would wait until programs that nobody needs any more are compiled.

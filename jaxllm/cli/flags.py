@@ -85,6 +85,7 @@ SERVER_HELP = {
     "max_logit_bias": "most entries of logit_bias or stop_token_ids",
     "header_timeout": "seconds in which headers must have come",
     "body_timeout": "seconds in which a body must have come",
+    "write_timeout": "seconds after which a stream that its client does not read is cut off",
     "keep_alive_seconds": "a stream silent for so long gets a comment",
     "hang_seconds": "a step that takes longer counts as hung, and /health says so",
     "log_format": "text or json",

@@ -129,19 +129,24 @@ def _answer(
 
     num_seqs = sum(job.num_seqs for job in jobs)
     defaults: dict[str, Any] = {}
-    if num_seqs == 1:  # most programs would be compiled for nothing
-        defaults = {"max_num_seqs": 1, "compilation": "on_demand"}
-    elif num_seqs <= SMALL_BATCH:
-        defaults = {"max_num_seqs": SMALL_BATCH}
+    if num_seqs <= SMALL_BATCH:  # most programs would be compiled for nothing
+        max_num_seqs = 1 if num_seqs == 1 else SMALL_BATCH
+        defaults = {"max_num_seqs": max_num_seqs, "compilation": "on_demand"}
     assert settings.model is not None
-    running = start_engine(settings.model, settings.engine_options(**defaults))
+    options = settings.engine_options(**defaults)
+    running = start_engine(settings.model, options)
+    # The process's end frees all. It does not wait for compilation, unless the program at hand is
+    # one that the next run needs as well.
+    closes = not arguments.ends_process
     try:
         kind = RequestOutputKind.DELTA if arguments.stream else RequestOutputKind.FINAL_ONLY
         generation = _Generation(running, settings.sampling, kind, arguments.chat, writer, advance)
-        return generation.run(jobs)
+        num_failed = generation.run(jobs)
+        closes |= options.compilation == "on_demand" and options.program_cache
     finally:
-        if not arguments.ends_process:  # else its end frees all, and does not wait for compilation
+        if closes:
             running.close()
+    return num_failed
 
 
 class _Generation:
@@ -172,15 +177,13 @@ class _Generation:
         waiting = deque(jobs)
         most = 2 * self._engine.config.max_num_seqs
         while waiting or self._live:
-            while waiting and len(self._live) < most and self._add(waiting[0]):
-                waiting.popleft()
+            while waiting and len(self._live) < most and self._engine.has_room:
+                self._add(waiting.popleft())
             for output in self._engine.step():
                 self._take(output)
         return self._num_failed
 
-    def _add(self, job: Job) -> bool:
-        """False if the engine's queue is full."""
-        from jaxllm.engine.engine import QueueFullError
+    def _add(self, job: Job) -> None:
         from jaxllm.prompts import params_of_kind
 
         try:
@@ -189,13 +192,10 @@ class _Generation:
             params = params_of_kind(params, {}, self._kind)
             request = self._running.request(str(job.line), prompt, params, priority=job.priority)
             self._engine.add_request(request)
-        except QueueFullError:
-            return False
         except ValueError as error:
             self._fail(job, str(error))
         else:
             self._live[request.request_id] = job
-        return True
 
     def _tokenize(self, job: Job) -> Any:
         from jaxllm.prompts import tokenize_chat, tokenize_prompt

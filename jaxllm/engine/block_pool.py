@@ -73,10 +73,6 @@ class BlockPool:
         return len(self._free)
 
     @property
-    def num_cached_blocks(self) -> int:
-        return len(self._hash_of_block)
-
-    @property
     def cached_blocks(self) -> tuple[int, ...]:
         """Blocks whose content can be found, held or free."""
         return tuple(self._hash_of_block)

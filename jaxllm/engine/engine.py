@@ -36,6 +36,7 @@ from jaxllm.engine.sequence import (
 )
 from jaxllm.engine.snapshot import EngineSnapshot, take_snapshot
 from jaxllm.outputs import RequestOutput
+from jaxllm.request_error import RequestError
 
 if TYPE_CHECKING:
     from jaxllm.text.tokenizer import Tokenizer
@@ -121,26 +122,38 @@ class Engine:
         self._step_seconds = Histogram(STEP_SECONDS)
         self._step_tokens = Histogram(STEP_TOKENS)
 
-    def add_request(self, request: Request) -> None:
-        """Queues a request. Raises ValueError if it can never be served, QueueFullError if not
-        now."""
+    def check(self, request: Request) -> list[int]:
+        """The request's prompt as a list of ints. Raises ValueError if it can never be served."""
         prompt_token_ids = request.check(
             self.vocab_size, self.config.max_model_len, self.eos_token_ids
         )
         if request.priority and self.config.policy != "priority":
-            raise ValueError(
+            raise RequestError(
                 f"priority {request.priority} has no effect; start the engine with "
-                f"scheduling_policy='priority'"
+                f"scheduling_policy='priority'",
+                param="priority",
             )
         if request.request_id in self._requests:
-            raise ValueError(f"request id {request.request_id!r} is in use by a live request")
+            raise RequestError(f"request id {request.request_id!r} is in use by a live request")
         if request.params.stop and self.tokenizer is None:
-            raise ValueError("stop strings need a tokenizer, and the engine was made without one")
-        num_waiting = self.scheduler.num_waiting
-        if self.max_num_waiting is not None and num_waiting >= self.max_num_waiting:
+            raise RequestError(
+                "stop strings need a tokenizer, and the engine was made without one", param="stop"
+            )
+        return prompt_token_ids
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the queue takes another request now."""
+        return self.max_num_waiting is None or self.scheduler.num_waiting < self.max_num_waiting
+
+    def add_request(self, request: Request) -> None:
+        """Queues a request. Raises ValueError if it can never be served, QueueFullError if not
+        now."""
+        prompt_token_ids = self.check(request)
+        if not self.has_room:
             raise QueueFullError(
-                f"{num_waiting} sequences are waiting, the limit is {self.max_num_waiting}; "
-                f"try again later"
+                f"{self.scheduler.num_waiting} sequences are waiting, the limit is "
+                f"{self.max_num_waiting}; try again later"
             )
         state = RequestState(request, prompt_token_ids)
         self._requests[request.request_id] = state
@@ -334,10 +347,11 @@ class Engine:
         first_row = 0
         rows = result.prompt_logprobs
         assert rows is not None
-        for scheduled in batch.sequences:
+        for row, scheduled in enumerate(batch.sequences):
             if self._wants_prompt_logprobs(scheduled):
                 state = self._states.get(scheduled.sequence.sequence_id)
-                if state is not None:
+                # rows that are not finite are computed again, or their request ends
+                if state is not None and result.token_ids[row] != NOT_FINITE:
                     start, end = scheduled.start, scheduled.start + scheduled.num_tokens
                     state.request.add_prompt_logprobs(rows, first_row, start, end, self.tokenizer)
             first_row += scheduled.num_tokens

@@ -19,12 +19,16 @@ from jaxllm.outputs import (
     TokenLogprobs,
 )
 from jaxllm.pooling_params import PoolingParams
+from jaxllm.request_error import RequestError
 from jaxllm.sampling_params import RequestOutputKind, SamplingParams
 
 # What the step reads of a sequence that embeds. Its token is not used, so it is not drawn either.
 NO_SAMPLING = SamplingParams(
     temperature=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
 )
+
+
+TOO_LONG = "context_length_exceeded"  # as OpenAI's clients know it
 
 
 class QueueFullError(RuntimeError):
@@ -57,39 +61,61 @@ class Request:
     ) -> list[int]:
         """The prompt as a list of ints. Raises ValueError with what is wrong."""
         if not isinstance(self.request_id, str) or not self.request_id:
-            raise ValueError(f"request_id must be a non-empty string, got {self.request_id!r}")
-        if not isinstance(self.params, SamplingParams):
-            raise ValueError(f"params must be SamplingParams, got {type(self.params).__name__}")
-        if not isinstance(self.priority, int) or isinstance(self.priority, bool):
-            raise ValueError(f"priority must be an integer, got {self.priority!r}")
-        if not isinstance(self.cache_salt, str | None):
-            raise ValueError(f"cache_salt must be a string, got {self.cache_salt!r}")
-        if not isinstance(self.arrival_time, int | float) or not math.isfinite(self.arrival_time):
-            raise ValueError(f"arrival_time must be a finite number, got {self.arrival_time!r}")
-        token_ids = _check_token_ids(self.prompt_token_ids, vocab_size)
-        if self.pooling is not None:
-            self._check_pooling(len(token_ids), max_model_len)
-            return token_ids
-        if len(token_ids) >= max_model_len:
-            raise ValueError(
-                f"the prompt has {len(token_ids)} tokens, and at least one is to be generated: "
-                f"max_model_len is {max_model_len}; shorten the prompt or raise max_model_len"
+            raise RequestError(
+                f"request_id must be a non-empty string, got {self.request_id!r}",
+                param="request_id",
             )
+        if not isinstance(self.params, SamplingParams):
+            raise RequestError(
+                f"params must be SamplingParams, got {type(self.params).__name__}", param="params"
+            )
+        if not isinstance(self.priority, int) or isinstance(self.priority, bool):
+            raise RequestError(
+                f"priority must be an integer, got {self.priority!r}", param="priority"
+            )
+        if not isinstance(self.cache_salt, str | None):
+            raise RequestError(
+                f"cache_salt must be a string, got {self.cache_salt!r}", param="cache_salt"
+            )
+        if not isinstance(self.arrival_time, int | float) or not math.isfinite(self.arrival_time):
+            raise RequestError(
+                f"arrival_time must be a finite number, got {self.arrival_time!r}",
+                param="arrival_time",
+            )
+        prompt = _as_list(self.prompt_token_ids)
+        self._check_prompt_len(len(prompt), max_model_len)
+        token_ids = _checked_token_ids(prompt, vocab_size)
+        if self.pooling is not None:
+            self._check_pooling()
+            return token_ids
         if (self.params.structured_outputs is None) != (self.constraint is None):
-            raise ValueError("structured_outputs needs its constraint, and no other has one")
+            raise RequestError(
+                "structured_outputs needs its constraint, and no other has one",
+                param="structured_outputs",
+            )
         self.params.check_vocabulary(vocab_size)
         self._check_some_token_can_come(vocab_size, eos_token_ids)
         return token_ids
 
-    def _check_pooling(self, num_tokens: int, max_model_len: int) -> None:
+    def _check_prompt_len(self, num_tokens: int, max_model_len: int) -> None:
+        """Comes before the tokens are looked at, of which there may be millions."""
+        room = max_model_len - (self.pooling is None)  # for a token to be generated
+        if num_tokens > room:
+            raise RequestError(
+                f"the prompt has {num_tokens} tokens, and there is room for {room}: max_model_len "
+                f"is {max_model_len}; shorten the prompt or raise max_model_len",
+                param="prompt",
+                code=TOO_LONG,
+            )
+
+    def _check_pooling(self) -> None:
         if not isinstance(self.pooling, PoolingParams):
-            raise ValueError(f"pooling must be PoolingParams, got {type(self.pooling).__name__}")
+            raise RequestError(
+                f"pooling must be PoolingParams, got {type(self.pooling).__name__}", param="pooling"
+            )
         if self.params != NO_SAMPLING:
-            raise ValueError("a request that embeds takes no SamplingParams; give NO_SAMPLING")
-        if num_tokens > max_model_len:
-            raise ValueError(
-                f"the prompt has {num_tokens} tokens, max_model_len is {max_model_len}; shorten "
-                f"the prompt or raise max_model_len"
+            raise RequestError(
+                "a request that embeds takes no SamplingParams; give NO_SAMPLING", param="params"
             )
 
     def _check_some_token_can_come(
@@ -102,33 +128,43 @@ class Request:
             excluded.update(params.all_stop_token_ids(eos_token_ids))
         if params.allowed_token_ids is None:
             if len(excluded) == vocab_size:
-                raise ValueError(
+                raise RequestError(
                     f"banned tokens (and before min_tokens stop tokens) are the whole vocabulary "
-                    f"of {vocab_size}; leave some to be generated"
+                    f"of {vocab_size}; leave some to be generated",
+                    param="banned_token_ids",
                 )
         elif excluded.issuperset(params.allowed_token_ids):
-            raise ValueError(
+            raise RequestError(
                 f"allowed_token_ids holds only stop tokens, and min_tokens is {params.min_tokens}; "
-                f"allow another token or set min_tokens to 0"
+                f"allow another token or set min_tokens to 0",
+                param="allowed_token_ids",
             )
 
 
-def _check_token_ids(token_ids: AbstractSequence[int], vocab_size: int) -> list[int]:
+def _as_list(token_ids: AbstractSequence[int]) -> list[int] | tuple[int, ...]:
     if isinstance(token_ids, np.ndarray):
         token_ids = token_ids.tolist()
     if not isinstance(token_ids, list | tuple):
-        raise ValueError(f"prompt_token_ids must be a list, got {type(token_ids).__name__}")
+        raise RequestError(
+            f"prompt_token_ids must be a list, got {type(token_ids).__name__}", param="prompt"
+        )
     if not token_ids:
-        raise ValueError("the prompt is empty; give at least one token")
+        raise RequestError("the prompt is empty; give at least one token", param="prompt")
+    return token_ids
+
+
+def _checked_token_ids(token_ids: AbstractSequence[int], vocab_size: int) -> list[int]:
     for position, token_id in enumerate(token_ids):
         if type(token_id) is not int and not isinstance(token_id, np.integer):
-            raise ValueError(
-                f"prompt_token_ids must be integers, got {token_id!r} at position {position}"
+            raise RequestError(
+                f"prompt_token_ids must be integers, got {token_id!r} at position {position}",
+                param="prompt",
             )
         if not 0 <= token_id < vocab_size:
-            raise ValueError(
+            raise RequestError(
                 f"prompt token id {token_id} at position {position} is outside the vocabulary "
-                f"of {vocab_size}"
+                f"of {vocab_size}",
+                param="prompt",
             )
     return [int(token_id) for token_id in token_ids]
 
@@ -164,7 +200,8 @@ def token_logprobs(
     top_ids = rows.top_token_ids[row, :num_top].tolist()  # [num_top]
     top_logprobs = rows.top_logprobs[row, :num_top].tolist()  # [num_top]
     for rank, (token_id, logprob) in enumerate(zip(top_ids, top_logprobs, strict=True), 1):
-        if token_id != chosen:
+        # beside the chosen one, what fills up the row of a vocabulary smaller than MAX_LOGPROBS
+        if token_id not in found:
             found[token_id] = entry(token_id, logprob, rank)
     return found
 

@@ -8,10 +8,56 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxllm.config import ROPE_TYPES, ModelConfig, ModelError, RopeConfig
+from jaxllm.config import LARGEST, ROPE_TYPES, ModelConfig, ModelError, RopeConfig
 
 DTYPES = ("float32", "float16", "bfloat16")
 DEFAULT_THETA = 10000.0
+# Keys of other architectures, which would change the result, and where they do nothing; so does a
+# null. Two of them change these architectures too in transformers: is_causal and hidden_act.
+NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "hidden_activation": ("silu", "swish"),
+    "is_causal": (True,),
+    "use_bidirectional_attention": (False,),
+    "partial_rotary_factor": (1,),
+    "rotary_pct": (1,),
+    "rope_interleave": (False,),
+    "rope_interleaved": (False,),
+    "rope_local_base_freq": (),
+    "layer_rope_theta": (),
+    "no_rope_layer_interval": (0,),
+    "alibi": (False,),
+    "attention_chunk_size": (0,),
+    "attn_temperature_tuning": (False,),
+    "attn_logit_softcapping": (0,),
+    "attention_logit_cap": (0,),
+    "final_logit_softcapping": (0,),
+    "logits_soft_cap": (0,),
+    "output_logit_soft_cap": (0,),
+    "clip_qkv": (),
+    "logit_scale": (1,),
+    "logits_scaling": (1,),
+    "output_multiplier": (1,),
+    "lm_head_multiplier": (1,),
+    "embedding_multiplier": (1,),
+    "embedding_scale": (1,),
+    "scale_embedding": (False,),
+    "scale_emb": (1,),
+    "scale_depth": (),
+    "mup_enabled": (False,),
+    "residual_multiplier": (1,),
+    "residual_scale": (1,),
+    "key_multiplier": (1,),
+    "qk_scale_factor": (1,),
+    "attention_value_scale": (1,),
+    "attention_in_multiplier": (1,),
+    "attention_out_multiplier": (1,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "scale_attn_weights": (True,),
+    "parallel_attn": (False,),
+    "use_parallel_residual": (False,),
+    "use_post_norm": (False,),
+}
 GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -28,11 +74,10 @@ class Family:
     qk_norm: bool = False
 
 
-_SPECIAL_TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
 _QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096}
 FAMILIES = {
     "LlamaForCausalLM": Family(
-        {"max_position_embeddings": 2048, **_SPECIAL_TOKENS},
+        {"max_position_embeddings": 2048, "eos_token_id": 2},
         bias_option=True,
         mlp_bias_option=True,
     ),
@@ -41,7 +86,7 @@ FAMILIES = {
             "num_key_value_heads": 8,
             "max_position_embeddings": 131072,
             "sliding_window": 4096,
-            **_SPECIAL_TOKENS,
+            "eos_token_id": 2,
         },
         windows="all",
     ),
@@ -87,6 +132,8 @@ class Fields:
         value = self.values.get(key)
         if type(value) is not int:
             raise self.error(key, "an integer")
+        if not -(1 << 63) <= value < 1 << 63:  # so that no quotient of two is beyond any float
+            raise self.error(key, "an integer of 64 bits")
         return value
 
     def optional_integer(self, key: str) -> int | None:
@@ -118,13 +165,15 @@ def model_config_from_hf(folder: Path) -> ModelConfig:
     architecture = _architecture(path, values)
     family = FAMILIES[architecture]
     fields = Fields(path, values, family.defaults)
-    _refuse_unsupported(fields)
-    rope = _rope(fields)
-    bos, eos = _special_tokens(fields, folder)
-    attention_bias = family.bias_option and fields.flag("attention_bias")
     num_heads = _positive(fields, "num_attention_heads")
+    head_dim = _head_dim(fields, num_heads)
+    _refuse_unsupported(fields, family, head_dim)
+    rope = _rope(fields)
+    attention_bias = family.bias_option and fields.flag("attention_bias")
     num_kv_heads = fields.optional_integer("num_key_value_heads")
     num_layers = _positive(fields, "num_hidden_layers")
+    if num_layers > LARGEST["num_layers"]:  # checked before a list of as many windows is made
+        raise fields.error("num_hidden_layers", f"at most {LARGEST['num_layers']}")
     try:
         return ModelConfig(
             architecture=architecture,
@@ -134,7 +183,7 @@ def model_config_from_hf(folder: Path) -> ModelConfig:
             num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=num_heads if num_kv_heads is None else num_kv_heads,
-            head_dim=_head_dim(fields, num_heads),
+            head_dim=head_dim,
             max_position_embeddings=_positive(fields, "max_position_embeddings"),
             rms_norm_eps=fields.number("rms_norm_eps") if "rms_norm_eps" in values else 1e-6,
             rope=rope,
@@ -144,8 +193,7 @@ def model_config_from_hf(folder: Path) -> ModelConfig:
             mlp_bias=family.mlp_bias_option and fields.flag("mlp_bias"),
             qk_norm=family.qk_norm,
             sliding_windows=_sliding_windows(fields, family, num_layers),
-            bos_token_id=bos,
-            eos_token_ids=eos,
+            eos_token_ids=_end_tokens(fields, folder),
             checkpoint_dtype=_checkpoint_dtype(fields),
         )
     except ModelError as error:
@@ -175,13 +223,19 @@ def _positive(fields: Fields, key: str) -> int:
     return value
 
 
-def _refuse_unsupported(fields: Fields) -> None:
+def _refuse_unsupported(fields: Fields, family: Family, head_dim: int) -> None:
     """What is not computed here and would change the model's output."""
     values = fields.values
-    if values.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise fields.error("hidden_act", "'silu', the only one supported")
-    if values.get("partial_rotary_factor") not in (None, 1):
-        raise fields.error("partial_rotary_factor", "1, others are not supported")
+    for key, neutral in NEUTRAL_VALUES.items():
+        _check_neutral(fields, key, *neutral)
+    for key in ("use_qk_norm", "qk_layernorm"):
+        _check_neutral(fields, key, family.qk_norm)
+    _check_neutral(fields, "rotary_dim", head_dim)
+    _check_neutral(fields, "query_pre_attn_scalar", head_dim)
+    _check_neutral(fields, "attention_multiplier", max(head_dim, 1) ** -0.5)
+    rotated = values.get("no_rope_layers")  # one truth value a layer
+    if rotated and not (isinstance(rotated, list) and all(rotated)):
+        raise fields.error("no_rope_layers", "1 for each layer, others are not supported")
     if values.get("quantization_config"):
         method = values["quantization_config"]
         method = method.get("quant_method") if isinstance(method, dict) else method
@@ -189,6 +243,13 @@ def _refuse_unsupported(fields: Fields) -> None:
             f"{fields.path}: 'quantization_config' ({method}) is not supported; use the "
             f"unquantised checkpoint or a GGUF file"
         )
+
+
+def _check_neutral(fields: Fields, key: str, *neutral: Any) -> None:
+    value = fields.values.get(key)
+    if value is not None and value not in neutral:
+        supported = " or ".join(map(repr, neutral)) or "null"
+        raise fields.error(key, f"{supported}, others are not supported")
 
 
 def _head_dim(fields: Fields, num_heads: int) -> int:
@@ -240,16 +301,13 @@ def _layer_types(fields: Fields, num_layers: int) -> list[str] | None:
     return types
 
 
-def _special_tokens(fields: Fields, folder: Path) -> tuple[int | None, tuple[int, ...]]:
-    """bos, and every token that ends an answer: of config.json, then of generation_config.json."""
+def _end_tokens(fields: Fields, folder: Path) -> tuple[int, ...]:
+    """Every token that ends an answer: of config.json, then of generation_config.json."""
     eos = _token_ids(fields)
-    bos = fields.optional_integer("bos_token_id")
     path = folder / "generation_config.json"
     if path.exists():
-        generation = Fields(path, read_json(path), {})
-        eos += _token_ids(generation)
-        bos = generation.optional_integer("bos_token_id") if bos is None else bos
-    return bos, tuple(dict.fromkeys(eos))
+        eos = eos + _token_ids(Fields(path, read_json(path), {}))
+    return tuple(dict.fromkeys(eos))
 
 
 def _token_ids(fields: Fields) -> list[int]:
@@ -285,8 +343,7 @@ def _rope(fields: Fields) -> RopeConfig:
             f"{fields.path}: rope_type {rope_type!r} is not supported; supported: "
             f"{', '.join(ROPE_TYPES)}"
         )
-    if values.get("partial_rotary_factor") not in (None, 1):
-        raise rope.error("partial_rotary_factor", "1, others are not supported")
+    _check_neutral(rope, "partial_rotary_factor", 1)
     theta = rope.optional_number("rope_theta") or fields.optional_number("rope_theta")
     try:
         return RopeConfig(

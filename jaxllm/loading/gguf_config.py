@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm.config import ModelConfig, ModelError, RopeConfig
+from jaxllm.config import LARGEST, ModelConfig, ModelError, RopeConfig, check_size
+from jaxllm.models.rope import llama3_frequencies, rope_frequencies
 
 # GGUF's architecture -> Hugging Face's; Mistral's files say "llama"
 ARCHITECTURES = {
@@ -22,6 +23,19 @@ SCALING_DEFAULTS = {  # what is not computed here, and the value at which it doe
     "yarn_attn_factor": 1.0,
     "yarn_ext_factor": 1.0,
     "yarn_log_multiplier": 0.1,
+}
+NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {  # the same of other keys
+    "expert_count": (0,),
+    "logit_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "embedding_scale": (0, 1),
+    "attn_logit_softcapping": (0,),
+    "final_logit_softcapping": (0,),
+    "use_parallel_residual": (False,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "attention.temperature_scale": (0,),
+    "attention.causal": (True,),
 }
 LLAMA3_LOW_FREQ, LLAMA3_HIGH_FREQ = 1.0, 4.0  # of every Llama 3 release
 LLAMA3_CONTEXTS = tuple(1 << bits for bits in (13, 12, 11, 14, 15, 16, 17))  # 8192 in the releases
@@ -56,7 +70,8 @@ class _Keys:
         value = self.metadata.get(f"{self.prefix}.{key}", default)
         if type(value) not in (int, float):
             raise ModelError(f"GGUF key {self.prefix}.{key} must be a number, got {_short(value)}")
-        return float(str(np.float32(value)))  # 9.999999747e-06 was written as 1e-05
+        with np.errstate(over="ignore"):  # infinity is refused by who asked
+            return float(str(np.float32(value)))  # 9.999999747e-06 was written as 1e-05
 
 
 def _short(value: Any) -> str:
@@ -72,9 +87,10 @@ def model_config_from_gguf(metadata: Mapping[str, Any], tensors: GGUFTensors) ->
     head_dim = keys.integer("attention.key_length", hidden_size // max(num_heads, 1))
     max_position = keys.integer("context_length")
     num_layers = keys.integer("block_count")
+    # checked here already, before a list of as many windows is made
+    check_size(f"GGUF key {arch}.block_count", num_layers, LARGEST["num_layers"])
     _refuse_unsupported(keys, head_dim)
     _check_tokens(metadata, tensors.vocab_size)
-    bos = metadata.get("tokenizer.ggml.bos_token_id")
     return ModelConfig(
         architecture=ARCHITECTURES[arch],
         vocab_size=tensors.vocab_size,
@@ -93,7 +109,6 @@ def model_config_from_gguf(metadata: Mapping[str, Any], tensors: GGUFTensors) ->
         mlp_bias="blk.0.ffn_gate.bias" in tensors.names,
         qk_norm=arch == "qwen3",
         sliding_windows=_sliding_windows(keys, num_layers, max_position),
-        bos_token_id=bos if type(bos) is int else None,
         eos_token_ids=_end_tokens(metadata),
         checkpoint_dtype=tensors.checkpoint_dtype,
     )
@@ -118,13 +133,20 @@ def _refuse_unsupported(keys: _Keys, head_dim: int) -> None:
     for key, supported in (
         ("rope.dimension_count", head_dim),
         ("attention.value_length", head_dim),
-        ("expert_count", 0),
     ):
-        value = keys.integer(key, supported)
-        if value != supported:
-            raise ModelError(
-                f"GGUF key {keys.prefix}.{key} is {value}; only {supported} is supported here"
-            )
+        _check_neutral(keys, key, supported)
+    for key, neutral in NEUTRAL_VALUES.items():
+        _check_neutral(keys, key, *neutral)
+    _check_neutral(keys, "attention.scale", 0, float(np.float32(max(head_dim, 1) ** -0.5)))
+
+
+def _check_neutral(keys: _Keys, key: str, *neutral: Any) -> None:
+    value = keys.metadata.get(f"{keys.prefix}.{key}", neutral[0])
+    if value not in neutral:
+        supported = " or ".join(map(str, neutral))
+        raise ModelError(
+            f"GGUF key {keys.prefix}.{key} is {_short(value)}; only {supported} is supported here"
+        )
 
 
 def _check_tokens(metadata: Mapping[str, Any], vocab_size: int) -> None:
@@ -150,28 +172,19 @@ def _sliding_windows(keys: _Keys, num_layers: int, max_position: int) -> tuple[i
 
 
 def _rope(keys: _Keys, tensors: GGUFTensors, head_dim: int, max_position: int) -> RopeConfig:
-    theta = keys.number("rope.freq_base", 10000.0)
-    kind = keys.metadata.get(f"{keys.prefix}.rope.scaling.type", "none")
-    old_factor = keys.number("rope.scale_linear", 1.0)  # before scaling.type existed
-    if kind == "none" and old_factor != 1.0:
-        return RopeConfig("linear", theta, old_factor)
+    unscaled = RopeConfig("default", keys.number("rope.freq_base", 10000.0))
+    kind, factor = _rope_scaling(keys)
     if tensors.rope_freqs is not None:
         if kind != "none":
             raise ModelError(f"GGUF has both rope_freqs.weight and rope scaling {kind!r}")
-        return _llama3(theta, head_dim, tensors.rope_freqs())
+        return _llama3(unscaled, head_dim, tensors.rope_freqs())
     if kind == "none":
-        return RopeConfig("default", theta)
-    if kind not in ("linear", "yarn"):
-        raise ModelError(f"GGUF rope scaling {kind!r} is not supported; supported: linear, yarn")
-    for key, default in SCALING_DEFAULTS.items():
-        if keys.number(f"rope.scaling.{key}", default) != default:
-            raise ModelError(f"GGUF key {keys.prefix}.rope.scaling.{key} is not supported")
-    factor = keys.number("rope.scaling.factor")
+        return unscaled
     if kind == "linear":
-        return RopeConfig("linear", theta, factor)
+        return RopeConfig("linear", unscaled.theta, factor)
     return RopeConfig(
         "yarn",
-        theta,
+        unscaled.theta,
         factor,
         keys.integer("rope.scaling.original_context_length", max_position),
         beta_fast=keys.number("rope.scaling.yarn_beta_fast", 32.0),
@@ -179,24 +192,32 @@ def _rope(keys: _Keys, tensors: GGUFTensors, head_dim: int, max_position: int) -
     )
 
 
-def _llama3(theta: float, head_dim: int, divisors: np.ndarray) -> RopeConfig:
+def _rope_scaling(keys: _Keys) -> tuple[str, float]:
+    """The type, which is "none" where nothing is scaled, and the factor. As llama.cpp reads them:
+    no type is "linear", the older key holds where the newer is absent, a factor of 0 is 1."""
+    kind = keys.metadata.get(f"{keys.prefix}.rope.scaling.type", "linear")
+    if kind not in ("none", "linear", "yarn"):
+        raise ModelError(f"GGUF rope scaling {kind!r} is not supported; supported: linear, yarn")
+    for key, default in SCALING_DEFAULTS.items():
+        if keys.number(f"rope.scaling.{key}", default) != default:
+            raise ModelError(f"GGUF key {keys.prefix}.rope.scaling.{key} is not supported")
+    old_factor = keys.number("rope.scale_linear", 1.0)
+    factor = keys.number("rope.scaling.factor", old_factor) or 1.0
+    return ("none" if kind == "linear" and factor == 1.0 else kind), factor
+
+
+def _llama3(unscaled: RopeConfig, head_dim: int, divisors: np.ndarray) -> RopeConfig:
     """rope_freqs.weight holds what each frequency is divided by, not the parameters it came from:
     those of the Llama 3 releases are tried, and taken only if they give the same numbers."""
     if divisors.shape != (head_dim // 2,):
         raise ModelError(f"rope_freqs.weight has shape {divisors.shape}, not ({head_dim // 2},)")
     if np.all(divisors == 1):
-        return RopeConfig("default", theta)
-    factor = float(divisors.max())
+        return unscaled
+    theta, factor = unscaled.theta, float(divisors.max())
+    frequencies = rope_frequencies(theta, head_dim)
     for context in LLAMA3_CONTEXTS:
-        expected = llama3_divisors(theta, head_dim, factor, context)
+        rope = RopeConfig("llama3", theta, factor, context, LLAMA3_LOW_FREQ, LLAMA3_HIGH_FREQ)
+        expected = frequencies / llama3_frequencies(rope, frequencies, context)
         if np.allclose(divisors, expected, rtol=1e-4):
-            return RopeConfig("llama3", theta, factor, context, LLAMA3_LOW_FREQ, LLAMA3_HIGH_FREQ)
+            return rope
     raise ModelError("rope_freqs.weight does not hold a Llama 3 scaling; others are not supported")
-
-
-def llama3_divisors(theta: float, head_dim: int, factor: float, context: int) -> np.ndarray:
-    """What Llama 3's scaling divides each frequency by, [D/2]."""
-    wavelengths = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)  # [D/2] in tokens
-    kept = (context / wavelengths - LLAMA3_LOW_FREQ) / (LLAMA3_HIGH_FREQ - LLAMA3_LOW_FREQ)
-    kept = np.clip(kept, 0, 1)  # the share of the unscaled frequency
-    return 1 / ((1 - kept) / factor + kept)

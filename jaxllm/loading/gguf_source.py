@@ -12,7 +12,6 @@ from typing import Any
 import gguf
 import ml_dtypes
 import numpy as np
-from gguf import GGMLQuantizationType
 
 from jaxllm.config import ModelConfig, ModelError
 from jaxllm.loading.byte_ranges import read_bytes
@@ -178,14 +177,9 @@ def _read_block_rows(path: Path, info: TensorInfo, start: int, stop: int) -> np.
     blocks = data.reshape(stop - start, row_bytes)
     chunk = max(1, CHUNK_ELEMENTS // math.prod(row_shape))
     if len(blocks) <= chunk:
-        return _dequantize(blocks, info.quantization).reshape(shape)
+        return gguf.quants.dequantize(blocks, info.quantization).reshape(shape)
     out = np.empty((stop - start, math.prod(row_shape)), np.float32)
     for first in range(0, stop - start, chunk):
         rows = slice(first, first + chunk)
-        out[rows] = _dequantize(blocks[rows], info.quantization)
+        out[rows] = gguf.quants.dequantize(blocks[rows], info.quantization)
     return out.reshape(shape)
-
-
-def _dequantize(blocks: np.ndarray, quantization: GGMLQuantizationType) -> np.ndarray:
-    """Whole rows at once: gguf.quants.dequantize takes 16 at a time and is half as fast."""
-    return getattr(gguf.quants, quantization.name).dequantize_rows(blocks)

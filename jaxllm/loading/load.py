@@ -77,6 +77,16 @@ def load_parameters(
     return _rebuild(abstract, leaves, ())
 
 
+def check_num_layers(config: ModelConfig, source: TensorSource) -> None:
+    """Raises ModelError for more layers than tensors: for a config that lies, before the model that
+    it describes takes time and memory. `plan_leaves` compares the tensors themselves."""
+    if config.num_layers > len(source.shapes):
+        raise ModelError(
+            f"{source.description}: has {len(source.shapes)} tensors, too few for the "
+            f"{config.num_layers} layers of the configuration"
+        )
+
+
 def plan_leaves(
     config: ModelConfig, abstract: dict[str, Any], source: TensorSource
 ) -> list[LeafPlan]:

@@ -115,18 +115,12 @@ LLAMA_TABLE = (
     _row("layers/mlp/down_bias", "mlp.down_proj.bias", as_it_is, "mlp_bias"),
 )
 # fmt: on
-TABLES = {  # one a family; these four name their tensors alike
-    "LlamaForCausalLM": LLAMA_TABLE,
-    "MistralForCausalLM": LLAMA_TABLE,
-    "Qwen2ForCausalLM": LLAMA_TABLE,
-    "Qwen3ForCausalLM": LLAMA_TABLE,
-}
 
 
 def mapping_table(config: ModelConfig) -> dict[tuple[str, ...], list[Row]]:
-    """The rows that apply to a model, by leaf."""
+    """The rows that apply to a model, by leaf. All families so far name their tensors alike."""
     table: dict[tuple[str, ...], list[Row]] = {}
-    for row in TABLES[config.architecture]:
+    for row in LLAMA_TABLE:
         if row.applies(config):
             table.setdefault(row.path, []).append(row)
     return table

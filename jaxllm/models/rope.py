@@ -33,8 +33,25 @@ class Rope:
 
 def build_rope(config: ModelConfig) -> Rope:
     """The rotation that config.rope describes. Raises ModelError when its values make none."""
+    with np.errstate(all="ignore"):  # what overflows is refused by name
+        rope = _rope(config)
+    finite = np.isfinite(rope.inv_freq) & (rope.inv_freq > 0)
+    if not finite.all():
+        raise ModelError(
+            f"rope_theta {config.rope.theta} and factor {config.rope.factor} make a rotary "
+            f"frequency of {rope.inv_freq[~finite][0]}, but all must be positive and finite"
+        )
+    if not 0 < rope.attention_factor <= float(np.finfo(np.float32).max):
+        raise ModelError(
+            f"rope's attention_factor must be positive and finite, got {rope.attention_factor}; "
+            f"it follows from factor, mscale and mscale_all_dim where it is not given"
+        )
+    return rope
+
+
+def _rope(config: ModelConfig) -> Rope:
     rope, head_dim = config.rope, config.head_dim
-    inv_freq = (1.0 / _tokens_a_radian(rope.theta, head_dim)).astype(np.float32)
+    inv_freq = rope_frequencies(rope.theta, head_dim)
     context_len = rope.original_max_position_embeddings or config.max_position_embeddings
     match rope.rope_type:
         case "linear":
@@ -51,10 +68,15 @@ def build_rope(config: ModelConfig) -> Rope:
                 max_position_embeddings=config.max_position_embeddings,
             )
         case "llama3":
-            return Rope(_llama3_inv_freq(rope, inv_freq, context_len))
+            return Rope(llama3_frequencies(rope, inv_freq, context_len))
         case "yarn":
             return Rope(_yarn_inv_freq(rope, head_dim, context_len), _yarn_attention_factor(rope))
     return Rope(inv_freq)
+
+
+def rope_frequencies(theta: float, head_dim: int) -> np.ndarray:
+    """Radians a token without scaling, [D/2] float32."""
+    return (1.0 / _tokens_a_radian(theta, head_dim)).astype(np.float32)
 
 
 def _tokens_a_radian(theta: float, head_dim: int) -> np.ndarray:
@@ -64,7 +86,7 @@ def _tokens_a_radian(theta: float, head_dim: int) -> np.ndarray:
     return (np.float64(theta) ** exponents.astype(np.float64)).astype(np.float32)
 
 
-def _llama3_inv_freq(rope: RopeConfig, inv_freq: np.ndarray, context_len: int) -> np.ndarray:
+def llama3_frequencies(rope: RopeConfig, inv_freq: np.ndarray, context_len: int) -> np.ndarray:
     """Llama 3.1: slow frequencies are divided by factor, fast ones kept, a ramp lies between."""
     low, high = rope.low_freq_factor, rope.high_freq_factor
     if not 0 < low < high:
@@ -89,6 +111,8 @@ def _yarn_inv_freq(rope: RopeConfig, head_dim: int, context_len: int) -> np.ndar
 
     def dimension(turns: float) -> float:  # the one that turns this often within the context
         tokens_a_radian = context_len / (turns * 2 * math.pi)
+        if not 0 < tokens_a_radian < math.inf:
+            raise ModelError(f"rope_type 'yarn' cannot use a beta_fast or beta_slow of {turns}")
         return head_dim * math.log(tokens_a_radian) / (2 * math.log(rope.theta))
 
     low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
@@ -111,7 +135,8 @@ def _yarn_attention_factor(rope: RopeConfig) -> float:
     if rope.attention_factor is not None:
         return rope.attention_factor
     if rope.mscale and rope.mscale_all_dim:
-        return temperature(rope.mscale) / temperature(rope.mscale_all_dim)
+        divisor = temperature(rope.mscale_all_dim)
+        return temperature(rope.mscale) / divisor if divisor else math.inf
     return temperature(1.0)
 
 

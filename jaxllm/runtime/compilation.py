@@ -6,17 +6,19 @@ only if their checksum holds.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import logging
 import os
 import platform
+import queue
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import cache
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 DIGEST_SIZE = 32
+CACHE_BYTES = 2 << 30  # of all programs on disk
 
 
 class LateCompileError(RuntimeError):
@@ -36,10 +39,13 @@ class LateCompileError(RuntimeError):
 
 
 class ProgramCache:
-    """Serialized programs in a folder, one file each, named by the hash of what made them."""
+    """Serialized programs in a folder, one file each, named by the hash of what made them. Each
+    change of the source leaves a set of them behind, so those used longest ago go when all together
+    exceed max_bytes."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, max_bytes: int = CACHE_BYTES) -> None:
         self.folder = folder
+        self.max_bytes = max_bytes
 
     @classmethod
     def open(cls, folder: Path) -> ProgramCache | None:
@@ -68,10 +74,13 @@ class ProgramCache:
             logger.warning("a cached program is damaged and is compiled again")
             return None
         try:
-            return serialize_executable.deserialize_and_load(program, in_tree, out_tree)
+            loaded = serialize_executable.deserialize_and_load(program, in_tree, out_tree)
         except Exception as error:  # whatever another jaxlib throws: compile instead
             logger.warning("a cached program could not be loaded: %s", error)
             return None
+        with suppress(OSError):
+            os.utime(path)  # the time of its last use, see _prune
+        return loaded
 
     def store(self, key: str, compiled: jax.stages.Compiled) -> None:
         """Keeps a program; a failure (a full disk) is a warning."""
@@ -82,10 +91,76 @@ class ProgramCache:
                 temporary = Path(file.name)
                 file.write(hashlib.sha256(program).digest() + program)
             temporary.replace(self.folder / key)
+            self._prune()
         except (OSError, ValueError, RuntimeError) as error:  # jaxlib's errors are RuntimeErrors
             logger.warning("a compiled program could not be kept: %s", error)
             if temporary is not None:
                 temporary.unlink(missing_ok=True)
+
+    def _prune(self) -> None:
+        """Other processes may prune at the same time, and what is loaded needs its file no more."""
+        files = []
+        for path in self.folder.iterdir():
+            with suppress(FileNotFoundError):
+                status = path.stat()
+                files.append((status.st_mtime, status.st_size, path))
+        surplus = sum(size for _, size, _ in files) - self.max_bytes
+        for _, size, path in sorted(files):
+            if surplus <= 0:
+                break
+            path.unlink(missing_ok=True)
+            surplus -= size
+
+
+class _Workers:
+    """Threads that compute futures in the order of their submission.
+
+    Unlike those of a ThreadPoolExecutor they do not hold up the end of the process until all is
+    done. What runs is waited for even then: the interpreter must not go while XLA is compiling.
+    """
+
+    def __init__(self, num_threads: int) -> None:
+        self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
+        self._jobs = queue.SimpleQueue()
+        self._closing = threading.Lock()
+        self._closed = False
+        self._threads = [
+            threading.Thread(target=self._run, name=f"compile-{i}", daemon=True)
+            for i in range(num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+        atexit.register(self.close)
+
+    def submit(self, function: Callable[[], Any]) -> Future[Any]:
+        future: Future[Any] = Future()
+        with self._closing:  # else it might wait for ever, after close() has emptied the queue
+            if self._closed:
+                raise RuntimeError("the compiler was closed")
+            self._jobs.put((future, function))
+        return future
+
+    def close(self) -> None:
+        """Cancels what is queued, waits for what is running. May be called again."""
+        atexit.unregister(self.close)
+        with self._closing:
+            self._closed = True
+            with suppress(queue.Empty):
+                while job := self._jobs.get_nowait():
+                    job[0].cancel()
+            for _ in self._threads:
+                self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self) -> None:
+        while job := self._jobs.get():
+            future, function = job
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+            del job, future, function  # while it waits for more, it keeps nothing alive
 
 
 class Compiler:
@@ -99,7 +174,7 @@ class Compiler:
         self, program_cache: ProgramCache | None, *, num_threads: int, forbid_late: bool = False
     ) -> None:
         self._program_cache = program_cache
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="compile")
+        self._workers = _Workers(num_threads)
         self._forbid_late = forbid_late
         self._futures: dict[Hashable, Future[jax.stages.Compiled]] = {}
         self._held: dict[Hashable, tuple[Any, ...]] = {}  # the arguments of _build
@@ -149,7 +224,7 @@ class Compiler:
         return sum(self.is_ready(name) for name in self._futures)
 
     def _queue(self, name: Hashable) -> None:
-        self._futures[name] = self._pool.submit(self._build, *self._held.pop(name))
+        self._futures[name] = self._workers.submit(partial(self._build, *self._held.pop(name)))
 
     def wait(self) -> None:
         """Waits until every program is ready, then forbids late compilation if that was asked."""
@@ -169,7 +244,7 @@ class Compiler:
 
     def close(self) -> None:
         """Drops what is still queued; waits for what is running. May be called again."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._workers.close()
         if not self._closed:
             self._closed = True
             jax.monitoring.unregister_event_duration_listener(self._on_event)

@@ -22,7 +22,14 @@ from jaxllm.runtime import kv_cache, memory
 from jaxllm.runtime.buckets import MIN_ROWS, fitting, plan_buckets
 from jaxllm.runtime.compilation import Compiler
 from jaxllm.runtime.sampler import Logprobs
-from jaxllm.runtime.step import State, StepOptions, StepOutputs, make_step, write_table_row
+from jaxllm.runtime.step import (
+    State,
+    StepOptions,
+    StepOutputs,
+    abstract_tables,
+    make_step,
+    write_table_row,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -156,19 +163,13 @@ class ModelRunner:
 
     def _new_state(self) -> State:
         """The device state with nothing in it; called inside a trace only."""
-        config, vocab_size = self.config, self.model.config.vocab_size
+        config = self.config
         pool = kv_cache.abstract_pool(
             self.model.config, config.num_blocks, config.block_size, self.model.dtype,
             self.device.platform,
         )  # fmt: skip
-        num_slots = config.max_num_seqs
-        return State(
-            jnp.zeros(pool.shape, pool.dtype),
-            jnp.zeros((num_slots,), jnp.int32),
-            jnp.zeros((num_slots, vocab_size), jnp.int32),
-            jnp.zeros((num_slots, vocab_size), jnp.float32),
-            jnp.zeros((num_slots, self.model.config.hidden_size), jnp.float32),
-        )
+        tables = abstract_tables(self.model.config, config.max_num_seqs)
+        return State(*(jnp.zeros(array.shape, array.dtype) for array in (pool, *tables)))
 
     def _submit_programs(self) -> None:
         state = jax.eval_shape(self._new_state)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxllm.config import ModelConfig
 from jaxllm.engine.batch import FLOAT_FIELDS, ON_DEVICE, ROW_FIELDS, PackedLayout
 from jaxllm.engine.sequence import NOT_FINITE
 from jaxllm.models.decoder import Model, Parameters
@@ -30,6 +31,19 @@ class State(NamedTuple):
     token_info: jax.Array  # [num_slots, V] int32, see batch.table_row
     logit_bias: jax.Array  # [num_slots, V] float32
     hidden_sums: jax.Array  # [num_slots, E] float32, see pooling.pool_hidden
+
+
+def abstract_tables(
+    config: ModelConfig, num_slots: int
+) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """The shapes of what State holds beside the pool, in its order."""
+    by_token = (num_slots, config.vocab_size)
+    return (
+        jax.ShapeDtypeStruct((num_slots,), jnp.int32),
+        jax.ShapeDtypeStruct(by_token, jnp.int32),
+        jax.ShapeDtypeStruct(by_token, jnp.float32),
+        jax.ShapeDtypeStruct((num_slots, config.hidden_size), jnp.float32),
+    )
 
 
 class StepOutputs(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import logging
 import re
 import threading
 import time
@@ -40,10 +41,14 @@ from jaxllm.server.errors import (
 from jaxllm.server.logs import RequestRecord, log_request
 from jaxllm.server.options import ServerOptions
 
+logger = logging.getLogger(__name__)
+
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 REQUEST_ID_HEADER = "X-Request-Id"
 CLIENT_LEFT = 499  # in the log, for want of a status
 CLIENT_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+CONTINUE = "100-continue"
+CLOSE_SECONDS = 5.0  # for the engine to end its step
 OPEN_ROUTES = ("/health", "/ready", *page.ROUTES)  # without a key
 
 
@@ -91,8 +96,14 @@ def make_app(
         page,
     ):
         routes.add_routes(app)
+    for route in app.router.routes():  # aiohttp would invite a body before we have looked at it
+        route._expect_handler = _expect_nothing
     app[CONTEXT].metrics.set_routes(resource.canonical for resource in app.router.resources())
     return app
+
+
+async def _expect_nothing(request: web.Request) -> None:
+    """body.read_body sends 100 Continue."""
 
 
 def short_name(model: str) -> str:
@@ -131,7 +142,10 @@ async def _engine_of(
     threading.Thread(target=run, name="jaxllm-start", daemon=True).start()
     yield
     if context.engine is not None:
-        await asyncio.to_thread(context.engine.close)
+        try:
+            await asyncio.wait_for(asyncio.to_thread(context.engine.close), CLOSE_SECONDS)
+        except TimeoutError:
+            logger.error("the engine does not end: a step hangs")
 
 
 @web.middleware
@@ -139,6 +153,7 @@ async def _observe(request: web.Request, handler: Handler) -> web.StreamResponse
     """Gives the request its id; its end goes to the log and the metrics."""
     request[REQUEST_ID] = new_request_id()
     record = RequestRecord(request[REQUEST_ID], request.method, route_name(request), CLIENT_LEFT)
+    record.client_request_id = _client_id(request)
     request[RECORD] = record
     started = time.monotonic()
     try:
@@ -165,8 +180,7 @@ def route_name(request: web.Request) -> str:
 @web.middleware
 async def _answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
-        client_id = request.headers.get(REQUEST_ID_HEADER)
-        if client_id is not None and not CLIENT_ID.fullmatch(client_id):
+        if REQUEST_ID_HEADER in request.headers and _client_id(request) is None:
             raise ApiError(
                 400, f"{REQUEST_ID_HEADER} must be 1 to 128 letters, digits, or any of . _ : -"
             )
@@ -176,6 +190,12 @@ async def _answer_errors(request: web.Request, handler: Handler) -> web.StreamRe
     except Exception as error:
         body = api_of(request.path).error_body
         return error_response(to_api_error(error), request[REQUEST_ID], body)
+
+
+def _client_id(request: web.Request) -> str | None:
+    """What the client calls its request, if that is an id."""
+    client_id = request.headers.get(REQUEST_ID_HEADER, "")
+    return client_id if CLIENT_ID.fullmatch(client_id) else None
 
 
 def api_of(path: str) -> Api:
@@ -216,12 +236,11 @@ def _allowed_origin(request: web.Request) -> str | None:
 
 async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
     """Of every response, streams included."""
-    client_id = request.headers.get(REQUEST_ID_HEADER, "")
-    is_valid = CLIENT_ID.fullmatch(client_id)
-    response.headers[REQUEST_ID_HEADER] = client_id if is_valid else request[REQUEST_ID]
+    request_id = request.get(REQUEST_ID) or new_request_id()  # aiohttp may refuse before us
+    response.headers[REQUEST_ID_HEADER] = _client_id(request) or request_id
     id_header = api_of(request.path).id_header
     if id_header is not None:
-        response.headers[id_header] = request[REQUEST_ID]
+        response.headers[id_header] = request_id
     response.headers[hdrs.SERVER] = "jaxllm"
     origin = _allowed_origin(request)
     if origin is not None:
@@ -256,6 +275,8 @@ def _has_key(request: web.Request, keys: Sequence[bytes]) -> bool:
 async def _limit(request: web.Request, handler: Handler) -> web.StreamResponse:
     """What can be refused before a body is read."""
     limit = request.app[CONTEXT].options.max_body_bytes
+    if request.headers.get(hdrs.EXPECT, CONTINUE).lower() != CONTINUE:
+        raise ApiError(417, "of expectations only 100-continue is met")
     if request.content_length is not None and request.content_length > limit:
         raise ApiError(413, f"the request's body is larger than {limit} bytes")
     if request.headers.get(hdrs.CONTENT_ENCODING, "identity") != "identity":

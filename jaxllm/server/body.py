@@ -6,26 +6,52 @@ import asyncio
 import json
 import re
 from collections.abc import Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
-from aiohttp import web
+from aiohttp import hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from jaxllm.server.context import CONTEXT
+from jaxllm.server.context import CONTEXT, RECORD, ServerContext
 from jaxllm.server.errors import ApiError
 
 Body = TypeVar("Body", bound=BaseModel)
+Element = TypeVar("Element")
+# A list of which one error is told, the first: of a million, all together would fill the memory.
+ListOf = Annotated[list[Element], Field(fail_fast=True)]
 QUICK_BYTES = 32 * 1024  # more is parsed on a thread: others' streams go on meanwhile
-MAX_CONTAINERS = 100_000
-# Strings, also one that does not end, and brackets. No backtracking: each character once.
-_TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*+"?|[\[{]|[\]}]', re.DOTALL)
+QUOTE = ord('"')
+MAX_CONTAINERS = 50_000  # arrays, objects and fields
+# Strings, also one that does not end, brackets and colons. No backtracking: each character once.
+_TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*+"?|[\[{]|[\]}]|:', re.DOTALL)
 
 
 class StrictModel(BaseModel):
     """Unknown fields are errors, and "1" is no number."""
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+
+class HasModel(StrictModel):
+    """A body that may say which model it is for."""
+
+    model: str | None = None
+
+
+ModelBody = TypeVar("ModelBody", bound=HasModel)
+
+
+async def open_request(
+    request: web.Request, model: type[ModelBody]
+) -> tuple[ServerContext, ModelBody]:
+    """How a request to the model begins: the engine is there, the body is sound, and the model is
+    the one that is served. Raises ApiError."""
+    context = request.app[CONTEXT]
+    context.ready_engine()
+    body = await read_body(request, model)
+    context.check_model(body.model)
+    request[RECORD].model = body.model or context.model_name
+    return context, body
 
 
 async def read_body(request: web.Request, model: type[Body]) -> Body:
@@ -35,12 +61,6 @@ async def read_body(request: web.Request, model: type[Body]) -> Body:
     if len(raw) <= QUICK_BYTES:
         return _parse_as(raw, max_depth, model)
     return await asyncio.to_thread(_parse_as, raw, max_depth, model)
-
-
-async def read_json(request: web.Request) -> dict[str, Any]:
-    """The JSON object in the request's body."""
-    raw = await _read_checked(request)
-    return await asyncio.to_thread(_parse, raw, request.app[CONTEXT].options.max_json_depth)
 
 
 def _parse_as(raw: bytes, max_depth: int, model: type[Body]) -> Body:
@@ -75,6 +95,9 @@ async def _read(request: web.Request) -> bytes:
     raw = bytearray()
     try:
         async with asyncio.timeout(options.body_timeout):
+            if hdrs.EXPECT in request.headers:  # _limit has looked at it
+                await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                request.writer.output_size = 0  # of the answer, which has not begun
             async for chunk in request.content.iter_any():
                 raw += chunk
                 if len(raw) > options.max_body_bytes:
@@ -90,20 +113,25 @@ async def _read(request: web.Request) -> bytes:
 
 def nesting(raw: bytes, limit: int) -> int:
     """How deep brackets outside of strings are nested, without parsing; stops above the limit.
-    Raises ApiError if there are more of them than any request needs."""
-    depth = deepest = num_opened = 0
+    Raises ApiError if there are more of them, or of fields, than any request needs."""
+    depth = deepest = num_counted = 0
     for match in _TOKENS.finditer(raw):
         first = raw[match.start()]
+        if first in b"]}":
+            depth -= 1
+            continue
+        if first == QUOTE:
+            continue
+        num_counted += 1
+        if num_counted > MAX_CONTAINERS:
+            raise ApiError(
+                400, f"the JSON has more than {MAX_CONTAINERS} arrays, objects and fields"
+            )
         if first in b"[{":
             depth += 1
-            num_opened += 1
             deepest = max(deepest, depth)
             if deepest > limit:
                 break
-            if num_opened > MAX_CONTAINERS:
-                raise ApiError(400, f"the JSON has more than {MAX_CONTAINERS} arrays and objects")
-        elif first in b"]}":
-            depth -= 1
     return deepest
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import time
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from aiohttp import web
 from pydantic import Field
 
-import jaxllm
 from jaxllm.outputs import CompletionOutput, RequestOutput
 from jaxllm.sampling_params import RequestOutputKind, SamplingParams
 from jaxllm.server.answers import (
@@ -22,27 +20,19 @@ from jaxllm.server.answers import (
     chat_starter,
     read_answer,
 )
-from jaxllm.server.body import StrictModel, read_body
+from jaxllm.server.body import ListOf, StrictModel, open_request
 from jaxllm.server.chat_messages import Messages, template_messages
-from jaxllm.server.context import CONTEXT, RECORD, REQUEST_ID, ServerContext
+from jaxllm.server.context import RECORD, ServerContext
 from jaxllm.server.errors import ApiError
-from jaxllm.server.generation import Outputs, Usage, run_all, run_merged, run_request
+from jaxllm.server.generation import run_all, run_request
 from jaxllm.server.logprobs import chat_logprobs, prompt_logprobs_body
+from jaxllm.server.replies import Reply, StreamedFields
 from jaxllm.server.response_format import ResponseFormat, WantedForm
-from jaxllm.server.sampling import RequestFields, only, sampling_params
-from jaxllm.server.sse import EventStream, event
+from jaxllm.server.sampling import only, sampling_params
 from jaxllm.text.reasoning import ReasoningDelta
 from jaxllm.text.tool_calls import ContentDelta, ToolCallStart
 
-SYSTEM_FINGERPRINT = f"jaxllm-{jaxllm.__version__}"
 OWN_TEMPLATE_OPTIONS = {"messages", "tools", "add_generation_prompt", "continue_final_message"}
-
-
-class StreamOptions(StrictModel):
-    """include_usage: a last chunk with the tokens used."""
-
-    include_usage: bool | None = None
-    include_obfuscation: Annotated[Any, only(False)] = None
 
 
 class NamedFunction(StrictModel):
@@ -58,7 +48,7 @@ class NamedToolChoice(StrictModel):
     function: NamedFunction
 
 
-class ChatRequest(RequestFields):
+class ChatRequest(StreamedFields):
     """OpenAI's fields and vLLM's. Those with `only` are not supported."""
 
     messages: Messages
@@ -66,8 +56,7 @@ class ChatRequest(RequestFields):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    stream_options: StreamOptions | None = None
-    tools: list[Any] | None = None
+    tools: ListOf[Any] | None = None
     tool_choice: ToolChoiceMode | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     add_generation_prompt: bool = True
@@ -99,22 +88,16 @@ def add_routes(app: web.Application) -> None:
 
 async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     """An answer to a conversation, at once or as a stream."""
-    context = request.app[CONTEXT]
-    context.ready_engine()
-    body = await read_body(request, ChatRequest)
-    context.check_model(body.model)
-    request[RECORD].model = body.model or context.model_name
-    context.check_room(body.n or 1)
-    choice = _tool_choice(body.tool_choice)
+    context, body = await open_request(request, ChatRequest)
     form = answer_format(
         context,
         body.tools,
-        choice,
+        _tool_choice(body.tool_choice),
         single_call=body.parallel_tool_calls is False,
         wanted=WantedForm(body.response_format, body.structured_outputs),
     )
     params = _params(body, context, form)
-    record = request[RECORD]
+    context.check_room(params.n)
     start = chat_starter(
         template_messages(body.messages),
         form,
@@ -125,12 +108,13 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
         continue_final_message=body.continue_final_message,
         chat_template_kwargs=body.chat_template_kwargs,
     )
-    outputs = run_request(context, start, params, body.timeout, record)
+    outputs = run_request(
+        context, start, params, body.timeout, request[RECORD], prompt_field="messages"
+    )
     reply = _Reply(request, body, form, params)
     if body.stream:
-        return await _stream(request, outputs, reply)
-    [output] = await run_all([outputs])
-    return web.json_response(reply.whole(output))
+        return await reply.stream(request, [outputs])
+    return await reply.respond(await run_all([outputs]))
 
 
 def _tool_choice(choice: NamedToolChoice | ToolChoiceMode | None) -> ToolChoice:
@@ -157,10 +141,7 @@ def _check_combinations(body: ChatRequest) -> None:
     """Raises ApiError for fields that have no effect on each other's terms."""
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs = true", param="top_logprobs")
-    if body.stream_options is not None and not body.stream:
-        raise ApiError(400, "stream_options needs stream = true", param="stream_options")
-    if body.prompt_logprobs is not None and body.stream:
-        raise ApiError(400, "prompt_logprobs cannot be streamed", param="prompt_logprobs")
+    body.check_stream()
     lengths = {body.max_tokens, body.max_completion_tokens} - {None}
     if len(lengths) == 2:
         raise ApiError(
@@ -175,29 +156,20 @@ def _check_combinations(body: ChatRequest) -> None:
             )
 
 
-class _Reply:
-    """Turns outputs into what the client gets."""
+class _Reply(Reply):
+    """Of one prompt."""
 
     def __init__(
         self, request: web.Request, body: ChatRequest, form: AnswerFormat, params: SamplingParams
     ) -> None:
-        context = request.app[CONTEXT]
-        self.include_usage = body.stream_options is not None and body.stream_options.include_usage
-        self.usage = Usage()
+        kind = "chat.completion.chunk" if body.stream else "chat.completion"
+        super().__init__(request, body, params, id_prefix="chatcmpl", kind=kind)
         self._form = form
-        self._num_top = params.logprobs
-        self._tokenizer = context.ready_engine().get_tokenizer()
         self._parsers: dict[int, AnswerParser] = {}
-        self._head = {
-            "id": f"chatcmpl-{request[REQUEST_ID]}",
-            "object": "chat.completion.chunk" if body.stream else "chat.completion",
-            "created": int(time.time()),
-            "model": body.model or context.model_name,
-            "system_fingerprint": SYSTEM_FINGERPRINT,
-        }
 
-    def whole(self, output: RequestOutput) -> dict[str, Any]:
+    def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         """The response that is not streamed."""
+        [output] = outputs
         self.usage.add_prompt(output)
         self.usage.add_output(output)
         choices = [self._choice(output, answer) for answer in output.outputs]
@@ -223,7 +195,7 @@ class _Reply:
             "stop_reason": answer.stop_reason,
         }
 
-    def chunks(self, output: RequestOutput) -> list[dict[str, Any]]:
+    def chunks(self, number: int, output: RequestOutput) -> list[dict[str, Any]]:
         """The chunks of one output of kind DELTA."""
         if not self._parsers:
             self.usage.add_prompt(output)
@@ -255,20 +227,13 @@ class _Reply:
 
     def _chunk(self, index: int, delta: dict[str, Any]) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-        return self._with_usage([choice], None)
-
-    def usage_chunk(self) -> dict[str, Any]:
-        """The last one, if the client asked for it."""
-        return self._with_usage([], self.usage.body())
-
-    def _with_usage(self, choices: list[Any], usage: dict[str, Any] | None) -> dict[str, Any]:
-        chunk = {**self._head, "choices": choices}
-        return {**chunk, "usage": usage} if self.include_usage else chunk
+        return self.chunk([choice])
 
     def _logprobs(self, answer: CompletionOutput) -> dict[str, Any] | None:
-        if self._num_top is None or answer.logprobs is None:
+        num_top = self._params.logprobs
+        if num_top is None or answer.logprobs is None:
             return None
-        return chat_logprobs(answer.token_ids, answer.logprobs, self._num_top, self._tokenizer)
+        return chat_logprobs(answer.token_ids, answer.logprobs, num_top, self._tokenizer)
 
 
 def _delta(one: AnswerEvent) -> dict[str, Any]:
@@ -280,17 +245,3 @@ def _delta(one: AnswerEvent) -> dict[str, Any]:
         call = {"id": one.id, "type": "function", "function": {"name": one.name, "arguments": ""}}
         return {"tool_calls": [{"index": one.index, **call}]}
     return {"tool_calls": [{"index": one.index, "function": {"arguments": one.delta}}]}
-
-
-async def _stream(request: web.Request, outputs: Outputs, reply: _Reply) -> web.StreamResponse:
-    async with (
-        EventStream(request) as stream,
-        contextlib.aclosing(run_merged([outputs])) as merged,
-    ):
-        async for _, output in merged:
-            chunks = reply.chunks(output)
-            if chunks:
-                await stream.send("".join(map(event, chunks)))
-        end = event(reply.usage_chunk()) if reply.include_usage else ""
-        await stream.send(end + event("[DONE]"))
-    return stream.response

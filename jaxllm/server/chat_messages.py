@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from jaxllm.server.body import StrictModel
+from jaxllm.server.body import ListOf, StrictModel
 from jaxllm.server.errors import ApiError
 from jaxllm.server.sampling import only
 
@@ -40,9 +40,9 @@ class ChatMessage(StrictModel):
     """One message. What answers of OpenAI's carry beside the text is taken if it is empty."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | ListOf[TextPart] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: ListOf[ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
@@ -52,7 +52,7 @@ class ChatMessage(StrictModel):
     annotations: Annotated[Any, only([])] = None
 
 
-Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
+Messages = Annotated[ListOf[ChatMessage], Field(min_length=1, max_length=4096)]
 
 
 def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:

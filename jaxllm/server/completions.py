@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import time
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -14,31 +11,28 @@ from pydantic import Field
 from jaxllm.async_engine import AsyncEngine
 from jaxllm.outputs import CompletionOutput, RequestOutput
 from jaxllm.sampling_params import RequestOutputKind, SamplingParams
-from jaxllm.server.body import read_body
-from jaxllm.server.chat import SYSTEM_FINGERPRINT, StreamOptions
-from jaxllm.server.context import CONTEXT, RECORD, REQUEST_ID, ServerContext
+from jaxllm.server.body import ListOf, open_request
+from jaxllm.server.context import RECORD, ServerContext
 from jaxllm.server.errors import ApiError
-from jaxllm.server.generation import Outputs, Start, Usage, run_all, run_merged, run_request
+from jaxllm.server.generation import Outputs, Start, run_all, run_request
 from jaxllm.server.logprobs import CompletionLogprobs, prompt_logprobs_body
+from jaxllm.server.replies import Reply, StreamedFields
 from jaxllm.server.response_format import ResponseFormat, WantedForm
-from jaxllm.server.sampling import RequestFields, only, sampling_params
-from jaxllm.server.sse import EventStream, event
-from jaxllm.text.tokenizer import Tokenizer
+from jaxllm.server.sampling import only, sampling_params
 
 DEFAULT_MAX_TOKENS = 16
 
 OnePrompt = str | list[int]
 
 
-class CompletionRequest(RequestFields):
+class CompletionRequest(StreamedFields):
     """OpenAI's fields and vLLM's. Those with `only` are not supported."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | ListOf[str] | ListOf[int] | ListOf[ListOf[int]]
     max_tokens: int | None = None
     logprobs: int | None = None
     echo: bool = False
     best_of: int | None = None
-    stream_options: StreamOptions | None = None
     suffix: Annotated[Any, only("")] = None
     use_beam_search: Annotated[Any, only(False)] = None
     response_format: ResponseFormat | None = None
@@ -66,11 +60,7 @@ def add_routes(app: web.Application) -> None:
 
 async def create_completion(request: web.Request) -> web.StreamResponse:
     """Continues one or several prompts, at once or as a stream."""
-    context = request.app[CONTEXT]
-    context.ready_engine()
-    body = await read_body(request, CompletionRequest)
-    context.check_model(body.model)
-    request[RECORD].model = body.model or context.model_name
+    context, body = await open_request(request, CompletionRequest)
     prompts = body.prompts()
     params = _params(body, context, len(prompts))
     context.check_room(params.n * len(prompts))
@@ -81,10 +71,8 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
     ]
     reply = _Reply(request, body, params)
     if body.stream:
-        return await _stream(request, requests, reply)
-    outputs = await run_all(requests)
-    # texts of many prompts may be long
-    return web.json_response(await asyncio.to_thread(reply.whole, outputs))
+        return await reply.stream(request, requests)
+    return await reply.respond(await run_all(requests))
 
 
 def _params(body: CompletionRequest, context: ServerContext, num_prompts: int) -> SamplingParams:
@@ -113,10 +101,7 @@ def _check_combinations(body: CompletionRequest, num_prompts: int) -> None:
         raise ApiError(400, "prompt must not be empty", param="prompt")
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise ApiError(400, "best_of must be n, or left out", param="best_of")
-    if body.stream_options is not None and not body.stream:
-        raise ApiError(400, "stream_options needs stream = true", param="stream_options")
-    if body.stream and body.prompt_logprobs is not None:
-        raise ApiError(400, "prompt_logprobs cannot be streamed", param="prompt_logprobs")
+    body.check_stream()
     if body.stream and body.echo and body.logprobs is not None:
         raise ApiError(400, "logprobs of an echoed prompt cannot be streamed", param="logprobs")
     if body.echo and body.logprobs is not None and body.prompt_logprobs is not None:
@@ -137,29 +122,18 @@ def _starter(body: CompletionRequest, prompt: OnePrompt, params: SamplingParams)
     return start
 
 
-class _Reply:
-    """Turns outputs into what the client gets. The choices of prompt i begin at i x n."""
+class _Reply(Reply):
+    """The choices of prompt i begin at i x n."""
 
     def __init__(
         self, request: web.Request, body: CompletionRequest, params: SamplingParams
     ) -> None:
-        context = request.app[CONTEXT]
-        self.include_usage = body.stream_options is not None and body.stream_options.include_usage
-        self.usage = Usage()
+        super().__init__(request, body, params, id_prefix="cmpl", kind="text_completion")
         self._body = body
         self._n = params.n
-        self._num_top = params.logprobs
-        self._tokenizer: Tokenizer = context.ready_engine().get_tokenizer()
         self._logprobs: dict[int, CompletionLogprobs] = {}
         self._begun: set[int] = set()  # choices of a stream
         self._begun_prompts: set[int] = set()
-        self._head = {
-            "id": f"cmpl-{request[REQUEST_ID]}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": body.model or context.model_name,
-            "system_fingerprint": SYSTEM_FINGERPRINT,
-        }
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         """The response that is not streamed."""
@@ -198,10 +172,10 @@ class _Reply:
         logprobs: Sequence[Any] | None,
         answer: CompletionOutput,
     ) -> dict[str, Any]:
-        found = None
-        if logprobs is not None and self._num_top is not None:
+        found, num_top = None, self._params.logprobs
+        if logprobs is not None and num_top is not None:
             if index not in self._logprobs:
-                self._logprobs[index] = CompletionLogprobs(self._num_top, self._tokenizer)
+                self._logprobs[index] = CompletionLogprobs(num_top, self._tokenizer)
             found = self._logprobs[index].body(token_ids, logprobs)
         return {
             "index": index,
@@ -216,9 +190,8 @@ class _Reply:
             return output.prompt
         return self._tokenizer.decode(output.prompt_token_ids, skip_special_tokens=False)
 
-    def chunk(self, number: int, output: RequestOutput) -> dict[str, Any] | None:
-        """The chunk of one output of kind DELTA, a choice for each answer that has something
-        new; None if none has."""
+    def chunks(self, number: int, output: RequestOutput) -> list[dict[str, Any]]:
+        """One chunk, a choice in it for each answer that has something new, or none."""
         if number not in self._begun_prompts:
             self._begun_prompts.add(number)
             self.usage.add_prompt(output)
@@ -226,7 +199,7 @@ class _Reply:
             self.usage.add_output(output)
         choices = [self._delta(number, output, answer) for answer in output.outputs]
         news = [one for one in choices if one["text"] or one["logprobs"] or one["finish_reason"]]
-        return self._with_usage(news, None) if news else None
+        return [self.chunk(news)] if news else []
 
     def _delta(
         self, number: int, output: RequestOutput, answer: CompletionOutput
@@ -237,27 +210,3 @@ class _Reply:
             text = self._prompt_text(output) + text
         self._begun.add(index)
         return self._body_of(index, text, answer.token_ids, answer.logprobs, answer)
-
-    def usage_chunk(self) -> dict[str, Any]:
-        """The last one, if the client asked for it."""
-        return self._with_usage([], self.usage.body())
-
-    def _with_usage(self, choices: list[Any], usage: dict[str, Any] | None) -> dict[str, Any]:
-        chunk = {**self._head, "choices": choices}
-        return {**chunk, "usage": usage} if self.include_usage else chunk
-
-
-async def _stream(
-    request: web.Request, requests: Sequence[Outputs], reply: _Reply
-) -> web.StreamResponse:
-    async with (
-        EventStream(request) as stream,
-        contextlib.aclosing(run_merged(requests)) as merged,
-    ):
-        async for number, output in merged:
-            chunk = reply.chunk(number, output)
-            if chunk is not None:
-                await stream.send(event(chunk))
-        end = event(reply.usage_chunk()) if reply.include_usage else ""
-        await stream.send(end + event("[DONE]"))
-    return stream.response

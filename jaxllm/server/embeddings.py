@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -16,20 +14,21 @@ from jaxllm.async_engine import AsyncEngine
 from jaxllm.engine.request import NO_SAMPLING
 from jaxllm.outputs import RequestOutput
 from jaxllm.pooling_params import PoolingParams
-from jaxllm.server.body import StrictModel, read_body
-from jaxllm.server.context import CONTEXT, RECORD, ServerContext
-from jaxllm.server.errors import RETRY_AFTER, ApiError
+from jaxllm.request_error import RequestError
+from jaxllm.server.body import HasModel, ListOf, open_request
+from jaxllm.server.context import RECORD, ServerContext
+from jaxllm.server.errors import RETRY_AFTER, ApiError, to_api_error
 from jaxllm.server.generation import Outputs, Start, run_all, run_request
+from jaxllm.server.replies import json_reply
 
 OneInput = str | list[int]
 
 
-class EmbeddingRequest(StrictModel):
+class EmbeddingRequest(HasModel):
     """OpenAI's fields, and pooling, normalize, priority, cache_salt and timeout. user is a label,
     which changes nothing."""
 
-    input: str | list[str] | list[int] | list[list[int]]
-    model: str | None = None
+    input: str | ListOf[str] | ListOf[int] | ListOf[ListOf[int]]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1)] | None = None
     pooling: Literal["mean", "last"] = "mean"
@@ -59,28 +58,23 @@ def add_routes(app: web.Application) -> None:
 
 async def create_embeddings(request: web.Request) -> web.Response:
     """One vector for each input."""
-    context = request.app[CONTEXT]
-    context.ready_engine()
-    body = await read_body(request, EmbeddingRequest)
-    context.check_model(body.model)
-    record = request[RECORD]
-    record.model = body.model or context.model_name
+    context, body = await open_request(request, EmbeddingRequest)
     inputs, params = body.inputs(), _params(body, context)
     limit = context.options.max_completions
     if len(inputs) > limit:
         raise ApiError(400, f"{len(inputs)} inputs; the limit is {limit}", param="input")
     context.check_room(len(inputs))
     starts = [_starter(body, one, params) for one in inputs]
-    try:
-        outputs = await run_all(
-            [run_request(context, start, NO_SAMPLING, body.timeout, record) for start in starts]
+    requests = [
+        run_request(
+            context, start, NO_SAMPLING, body.timeout, request[RECORD], prompt_field="input"
         )
-    except ValueError as error:  # too long, outside the vocabulary
-        param = "priority" if str(error).startswith("priority") else "input"
-        raise ApiError(400, str(error), param=param) from None
+        for start in starts
+    ]
+    outputs = await run_all(requests)
     _check_finished(outputs)
-    text = await asyncio.to_thread(_reply, outputs, body, context.model_name)
-    return web.Response(text=text, content_type="application/json")
+    # The last level is a vector: one is written at a time.
+    return await json_reply(lambda: _reply(outputs, body, context.model_name), levels=3)
 
 
 def _params(body: EmbeddingRequest, context: ServerContext) -> PoolingParams:
@@ -89,8 +83,8 @@ def _params(body: EmbeddingRequest, context: ServerContext) -> PoolingParams:
     )
     try:
         params.check_size(context.ready_engine().running.model_config.hidden_size)
-    except ValueError as error:
-        raise ApiError(400, str(error), param="dimensions") from None
+    except RequestError as error:
+        raise to_api_error(error) from None
     return params
 
 
@@ -117,18 +111,21 @@ def _check_finished(outputs: Sequence[RequestOutput]) -> None:
             raise ApiError(503, "the server ended this request", headers=RETRY_AFTER)
 
 
-def _reply(outputs: Sequence[RequestOutput], body: EmbeddingRequest, model_name: str) -> str:
-    """The response's JSON. Vector by vector: writing a million numbers in one call would hold up
-    the event loop, on whichever thread it is."""
+def _reply(
+    outputs: Sequence[RequestOutput], body: EmbeddingRequest, model_name: str
+) -> dict[str, Any]:
     data = []
     for index, output in enumerate(outputs):
         assert output.embedding is not None
         vector = _encode(output.embedding, body.encoding_format == "base64")
-        data.append(json.dumps({"object": "embedding", "index": index, "embedding": vector}))
+        data.append({"object": "embedding", "index": index, "embedding": vector})
     num_tokens = sum(len(output.prompt_token_ids) for output in outputs)
-    usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
-    rest = json.dumps({"object": "list", "model": body.model or model_name, "usage": usage})
-    return f'{rest[:-1]}, "data": [{", ".join(data)}]}}'
+    return {
+        "object": "list",
+        "data": data,
+        "model": body.model or model_name,
+        "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
+    }
 
 
 def _encode(embedding: np.ndarray, as_base64: bool) -> str | list[float]:

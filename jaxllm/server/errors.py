@@ -13,6 +13,7 @@ from aiohttp import web
 
 from jaxllm.async_engine import EngineDeadError
 from jaxllm.engine.engine import QueueFullError
+from jaxllm.request_error import RequestError
 
 logger = logging.getLogger(__name__)
 
@@ -117,8 +118,8 @@ def to_api_error(error: Exception) -> ApiError:
         return ApiError(429, "too many requests are waiting; try again", headers=RETRY_AFTER)
     if isinstance(error, EngineDeadError):
         return ApiError(503, "the engine does not run", headers=RETRY_AFTER)
-    if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
-        return ApiError(400, str(error), param=getattr(error, "source", None))
+    if isinstance(error, RequestError):
+        return ApiError(400, str(error), param=error.param, code=error.code)
     logger.error("a request failed", exc_info=error)
     return ApiError(500, "internal error")
 

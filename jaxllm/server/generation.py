@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxllm.async_engine import AsyncEngine
 from jaxllm.outputs import RequestOutput
+from jaxllm.request_error import RequestError
 from jaxllm.sampling_params import RequestOutputKind, SamplingParams
 from jaxllm.server.context import ServerContext, new_request_id
-from jaxllm.server.errors import RETRY_AFTER, ApiError
+from jaxllm.server.errors import RETRY_AFTER, ApiError, to_api_error
 from jaxllm.server.logs import RequestRecord
 from jaxllm.server.metrics import FinishedRequest
 
@@ -57,10 +58,11 @@ async def run_request(
     params: SamplingParams,
     timeout: float | None = None,
     record: RequestRecord | None = None,
+    prompt_field: str = "prompt",
 ) -> Outputs:
     """The outputs of one request. When its time (the client's or the server's, whichever is
     shorter) is over it ends with the finish reason "timeout" and what it has. Close it to abort.
-    record: the HTTP request's, for its line in the log.
+    record: the HTTP request's, for its line in the log. prompt_field: of the client's request.
 
     Raises ApiError if the engine takes it neither now (429, 503) nor ever (400).
     """
@@ -68,7 +70,11 @@ async def run_request(
     request_id = new_request_id()
     limits = [limit for limit in (timeout, context.options.request_timeout) if limit is not None]
     seconds = min(limits, default=None)
-    with context.registered(request_id, params.n), _Observer(context, params, record) as observer:
+    with (
+        context.registered(request_id, params.n),
+        _Observer(context, params, record) as observer,
+        _naming(prompt_field),
+    ):
         async with (
             contextlib.aclosing(start(engine, request_id)) as outputs,
             _deadline(engine, request_id, seconds) as deadline,
@@ -77,6 +83,18 @@ async def run_request(
                 output = _timed_out(output) if deadline.passed else output
                 observer.take(output)
                 yield output
+
+
+@contextlib.contextmanager
+def _naming(prompt_field: str) -> Iterator[None]:
+    """What the engine calls the prompt has another name in each API."""
+    try:
+        yield
+    except RequestError as error:
+        refused = to_api_error(error)
+        if refused.param == "prompt":
+            refused.param = prompt_field
+        raise refused from None
 
 
 class _Observer:

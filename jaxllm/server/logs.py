@@ -24,12 +24,14 @@ _PLAIN = re.compile(r"[A-Za-z0-9._:/{}()+*-]+")
 class RequestRecord:
     """What the line of one HTTP request says. The routes fill in what they learn: token counts,
     ttft in seconds and finish_reason stay None for requests that never reach the engine.
+    client_request_id: what the client calls it, which is also what the response says.
     aborted: the client left before the end."""
 
     request_id: str
     method: str
     route: str
     status: int = 0
+    client_request_id: str | None = None
     model: str | None = None
     num_prompt_tokens: int | None = None
     num_output_tokens: int | None = None

@@ -22,8 +22,8 @@ from jaxllm.server.answers import (
     answer_format,
     chat_starter,
 )
-from jaxllm.server.body import read_body
-from jaxllm.server.context import CONTEXT, RECORD, REQUEST_ID, ServerContext
+from jaxllm.server.body import open_request
+from jaxllm.server.context import RECORD, REQUEST_ID, ServerContext
 from jaxllm.server.errors import ApiError, anthropic_error_body
 from jaxllm.server.generation import Outputs, Usage, run_all, run_merged, run_request
 from jaxllm.server.messages_body import (
@@ -58,12 +58,7 @@ def add_routes(app: web.Application) -> None:
 
 async def create_message(request: web.Request) -> web.StreamResponse:
     """An answer to a conversation, at once or as a stream."""
-    context = request.app[CONTEXT]
-    context.ready_engine()
-    body = await read_body(request, MessageRequest)
-    context.check_model(body.model)
-    record = request[RECORD]
-    record.model = body.model
+    context, body = await open_request(request, MessageRequest)
     context.check_room(1)
     prompt = _read_prompt(body, context)
     params = _params(body, context, prompt.form)
@@ -77,7 +72,9 @@ async def create_message(request: web.Request) -> web.StreamResponse:
         continue_final_message=prompt.is_prefilled,
         chat_template_kwargs=prompt.template_options,
     )
-    outputs = run_request(context, start, params, body.timeout, record)
+    outputs = run_request(
+        context, start, params, body.timeout, request[RECORD], prompt_field="messages"
+    )
     reply = _Reply(f"msg_{request[REQUEST_ID]}", body.model, prompt.form, params)
     if body.stream:
         return await _stream(request, outputs, reply)
@@ -87,16 +84,12 @@ async def create_message(request: web.Request) -> web.StreamResponse:
 
 async def count_tokens(request: web.Request) -> web.Response:
     """How many tokens a conversation has as a prompt, cached or not."""
-    context = request.app[CONTEXT]
-    engine = context.ready_engine()
-    body = await read_body(request, PromptFields)
-    context.check_model(body.model)
-    request[RECORD].model = body.model
+    context, body = await open_request(request, PromptFields)
     prompt = _read_prompt(body, context)
     tokenized = await asyncio.to_thread(
         tokenize_chat,
         prompt.messages,
-        engine.get_tokenizer(),
+        context.ready_engine().get_tokenizer(),
         tools=list(prompt.form.tools) or None,
         add_generation_prompt=not prompt.is_prefilled,
         continue_final_message=prompt.is_prefilled,

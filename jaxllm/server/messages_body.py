@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from jaxllm.server.answers import ToolChoice, ToolChoiceMode
-from jaxllm.server.body import StrictModel
+from jaxllm.server.body import HasModel, ListOf, StrictModel
 from jaxllm.server.errors import ApiError
 from jaxllm.server.sampling import only
 
@@ -61,7 +61,7 @@ class ToolResultBlock(Cacheable):
 
     type: Literal["tool_result"]
     tool_use_id: str
-    content: str | list[TextBlock] | None = None
+    content: str | ListOf[TextBlock] | None = None
     is_error: bool | None = None
 
 
@@ -94,7 +94,7 @@ class UserMessage(StrictModel):
     """A message of the user, or results of calls."""
 
     role: Literal["user"]
-    content: str | list[UserBlock]
+    content: str | ListOf[UserBlock]
 
     @field_validator("content")
     @classmethod
@@ -108,7 +108,7 @@ class AssistantMessage(StrictModel):
     """An earlier answer; or, as the last message, the beginning of this one."""
 
     role: Literal["assistant"]
-    content: str | list[AssistantBlock]
+    content: str | ListOf[AssistantBlock]
 
 
 Message = Annotated[
@@ -155,13 +155,13 @@ class Metadata(StrictModel):
     user_id: str | None = Field(None, max_length=512)
 
 
-class PromptFields(Cacheable):
+class PromptFields(HasModel, Cacheable):
     """What POST /v1/messages/count_tokens takes: all that the prompt is made of."""
 
     model: str
-    messages: list[Message] = Field(min_length=1, max_length=4096)
-    system: str | list[TextBlock] | None = None
-    tools: list[ToolDefinition] | None = None
+    messages: ListOf[Message] = Field(min_length=1, max_length=4096)
+    system: str | ListOf[TextBlock] | None = None
+    tools: ListOf[ToolDefinition] | None = None
     tool_choice: ToolChoiceField | None = None
     thinking: ThinkingField | None = None
     output_config: Annotated[Any, only()] = None
@@ -176,7 +176,7 @@ class MessageRequest(PromptFields):
     temperature: float | None = Field(None, ge=0, le=1)
     top_p: float | None = None
     top_k: int | None = Field(None, ge=0)
-    stop_sequences: list[str] | None = None
+    stop_sequences: ListOf[str] | None = None
     stream: bool | None = None
     metadata: Metadata | None = None
     service_tier: Annotated[Any, only("auto", "standard_only")] = None

@@ -10,7 +10,8 @@ COUNTS = (
     "max_total_tokens", "max_stop_strings", "max_stop_chars", "max_logit_bias",
 )  # fmt: skip
 SECONDS = (
-    "request_timeout", "header_timeout", "body_timeout", "keep_alive_seconds", "hang_seconds",
+    "request_timeout", "header_timeout", "body_timeout", "write_timeout", "keep_alive_seconds",
+    "hang_seconds",
 )  # fmt: skip
 
 
@@ -27,6 +28,8 @@ class ServerOptions:
     cors_origin: origins whose pages may call the server; "*" for all.
     max_completions: prompts x n of a request. max_total_tokens: that times max_tokens.
     header_timeout, body_timeout: seconds in which a client must have sent them.
+    write_timeout: seconds in which the client of a stream must have read something, once what it
+    has not read fills the buffers.
     keep_alive_seconds: a stream that is silent for so long gets a comment.
     hang_seconds: a step that takes longer counts as hung, and /health says so.
     """
@@ -42,7 +45,7 @@ class ServerOptions:
     tls_cert: Path | None = None
     tls_key: Path | None = None
     cors_origin: tuple[str, ...] = ()
-    max_body_bytes: int = 8 * 2**20
+    max_body_bytes: int = 4 * 2**20
     max_headers: int = 100
     max_header_bytes: int = 8190
     max_json_depth: int = 64
@@ -53,6 +56,7 @@ class ServerOptions:
     max_logit_bias: int = 1024
     header_timeout: float = 10.0
     body_timeout: float = 30.0
+    write_timeout: float = 30.0
     keep_alive_seconds: float = 15.0
     hang_seconds: float = 120.0
     log_format: str = "text"

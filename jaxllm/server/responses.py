@@ -19,7 +19,7 @@ from jaxllm.server.answers import (
     answer_format,
     chat_starter,
 )
-from jaxllm.server.body import read_body
+from jaxllm.server.body import open_request
 from jaxllm.server.context import CONTEXT, RECORD, REQUEST_ID, ServerContext
 from jaxllm.server.errors import ApiError
 from jaxllm.server.generation import Outputs, Usage, run_all, run_merged, run_request
@@ -44,12 +44,7 @@ def add_routes(app: web.Application) -> None:
 
 async def create_response(request: web.Request) -> web.StreamResponse:
     """An answer to input items, at once or as a stream. Nothing is stored."""
-    context = request.app[CONTEXT]
-    context.ready_engine()
-    body = await read_body(request, ResponseRequest)
-    context.check_model(body.model)
-    record = request[RECORD]
-    record.model = body.model or context.model_name
+    context, body = await open_request(request, ResponseRequest)
     context.check_room(1)
     body.check()
     with _own_names():
@@ -58,7 +53,9 @@ async def create_response(request: web.Request) -> web.StreamResponse:
     start = chat_starter(
         chat_messages(body), form, params, priority=body.priority, cache_salt=body.cache_salt
     )
-    outputs = run_request(context, start, params, body.timeout, record)
+    outputs = run_request(
+        context, start, params, body.timeout, request[RECORD], prompt_field="input"
+    )
     reply = _Reply(request, body, form, params)
     if body.stream:
         return await _stream(request, outputs, reply)

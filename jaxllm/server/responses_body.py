@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from jaxllm.server.answers import ToolChoice, ToolChoiceMode
-from jaxllm.server.body import StrictModel
+from jaxllm.server.body import ListOf, StrictModel
 from jaxllm.server.chat_messages import parse_arguments
 from jaxllm.server.errors import ApiError
 from jaxllm.server.response_format import (
@@ -36,7 +36,7 @@ class ContentPart(StrictModel):
     type: Literal["input_text", "output_text", "text"]
     text: str
     annotations: Annotated[Any, only([])] = None
-    logprobs: list[Any] | None = None
+    logprobs: ListOf[Any] | None = None
 
 
 class Item(StrictModel):
@@ -51,7 +51,7 @@ class MessageItem(Item):
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | list[ContentPart]
+    content: str | ListOf[ContentPart]
     phase: Annotated[Any, only()] = None
 
 
@@ -66,8 +66,8 @@ class ReasoningItem(Item):
     """What a model thought before its answer. The summary counts where there is no content."""
 
     type: Literal["reasoning"]
-    summary: list[ReasoningText] | None = None
-    content: list[ReasoningText] | None = None
+    summary: ListOf[ReasoningText] | None = None
+    content: ListOf[ReasoningText] | None = None
     encrypted_content: Annotated[Any, only()] = None
 
 
@@ -87,7 +87,7 @@ class FunctionCallOutputItem(Item):
 
     type: Literal["function_call_output"]
     call_id: Label
-    output: str | list[ContentPart]
+    output: str | ListOf[ContentPart]
     name: str | None = None
     caller: Annotated[Any, only({"type": "direct"})] = None
     namespace: Annotated[Any, only()] = None
@@ -112,7 +112,7 @@ InputItem = Annotated[
 ]
 
 
-Items = Annotated[list[InputItem], Field(min_length=1, max_length=4096)]
+Items = Annotated[ListOf[InputItem], Field(min_length=1, max_length=4096)]
 # Told apart by what is given, so that an error is about that.
 Input = Annotated[
     Annotated[str, Tag("text")] | Annotated[Items, Tag("items")],
@@ -185,10 +185,10 @@ class ResponseRequest(RequestFields):
     input: Input
     instructions: str | None = None
     max_output_tokens: int | None = None
-    tools: list[FunctionTool] | None = None
+    tools: ListOf[FunctionTool] | None = None
     tool_choice: ToolChoiceMode | FunctionChoice | None = None
     parallel_tool_calls: bool | None = None
-    include: list[Literal["message.output_text.logprobs"]] | None = None
+    include: ListOf[Literal["message.output_text.logprobs"]] | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     stream_options: ResponseStreamOptions | None = None
     text: TextConfig | None = None
@@ -263,7 +263,9 @@ def _tool_message(item: FunctionCallOutputItem) -> dict[str, Any]:
 
 
 def _add_to_answer(
-    messages: list[dict[str, Any]], item: MessageItem | ReasoningItem | FunctionCallItem, place: str
+    messages: list[dict[str, Any]],
+    item: MessageItem | ReasoningItem | FunctionCallItem,
+    place: str,
 ) -> None:
     """An answer is several items here and one message in a chat: reasoning, text, calls."""
     answer = messages[-1] if messages and messages[-1]["role"] == "assistant" else None

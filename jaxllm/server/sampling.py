@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields as dataclass_fields
 from typing import Any
 
 from pydantic import AfterValidator, Field
 
+from jaxllm.request_error import RequestError
 from jaxllm.sampling_params import RequestOutputKind, SamplingParams
-from jaxllm.server.body import StrictModel
+from jaxllm.server.body import HasModel, ListOf, StrictModel
 from jaxllm.server.context import ServerContext
-from jaxllm.server.errors import ApiError
+from jaxllm.server.errors import ApiError, to_api_error
 from jaxllm.server.options import ServerOptions
-
-PARAM_NAMES = frozenset(field.name for field in dataclass_fields(SamplingParams))
 
 
 def only(*allowed: Any) -> AfterValidator:
@@ -41,23 +39,22 @@ class SamplingFields(StrictModel):
     top_k: int | None = None
     min_p: float | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | ListOf[str] | None = None
+    stop_token_ids: ListOf[int] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = None
     skip_special_tokens: bool | None = None
     logit_bias: dict[str, float] | None = None
-    allowed_token_ids: list[int] | None = None
-    banned_token_ids: list[int] | None = None
+    allowed_token_ids: ListOf[int] | None = None
+    banned_token_ids: ListOf[int] | None = None
     prompt_logprobs: int | None = None
 
 
-class RequestFields(SamplingFields):
+class RequestFields(HasModel, SamplingFields):
     """What else every request for text may say. user, metadata and the like are labels, which
     change nothing."""
 
-    model: str | None = None
     stream: bool | None = None
     priority: int | None = None
     cache_salt: str | None = Field(None, min_length=1, max_length=256)
@@ -87,16 +84,10 @@ def sampling_params(
     values["output_kind"] = output_kind
     try:
         params = SamplingParams(**values)
-    except ValueError as error:
-        raise with_param(error) from None
+    except RequestError as error:
+        raise to_api_error(error) from None
     _check_size(params, engine.running.engine.config.max_model_len, num_prompts, context.options)
     return params
-
-
-def with_param(error: ValueError) -> ApiError:
-    """A 400. Messages of SamplingParams begin with the field's name."""
-    name = str(error).replace("[", " ", 1).partition(" ")[0]
-    return ApiError(400, str(error), param=name if name in PARAM_NAMES else None)
 
 
 def _check_limits(given: Mapping[str, Any], options: ServerOptions) -> None:

@@ -112,6 +112,8 @@ async def serve(options: ServerOptions, start: Callable[[], AsyncEngine], model:
         await _drain(context)
     finally:
         await runner.cleanup()
+        if context.engine is not None and context.engine.is_running:
+            os._exit(1)  # its thread hangs in a step, and the interpreter would wait for it
 
 
 async def _first(*waits: object) -> None:

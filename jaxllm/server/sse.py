@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Any
 
@@ -46,18 +46,19 @@ class EventStream:
 
     The headers go out with the first event, so that a request which fails before it is answered
     with the error's status. A later error becomes events, and the block ends as if there was none.
-    While nothing is sent for keep_alive_seconds, comments are. A client that leaves ends the block
-    with ConnectionError, or cancels it.
+    While nothing is sent for keep_alive_seconds, comments are. A client that leaves, or reads
+    nothing for write_timeout seconds, ends the block with ConnectionError, or cancels it.
     """
 
     def __init__(
         self, request: web.Request, error_events: ErrorEvents = openai_error_events
     ) -> None:
+        options = request.app[CONTEXT].options
         self.response = web.StreamResponse(headers=HEADERS)
-        self.failure: ApiError | None = None
         self._request = request
         self._error_events = error_events
-        self._seconds = request.app[CONTEXT].options.keep_alive_seconds
+        self._keep_alive_seconds = options.keep_alive_seconds
+        self._write_timeout = options.write_timeout
         self._lock = asyncio.Lock()
         self._last_sent = time.monotonic()
         self._keeper: asyncio.Task[None] | None = None
@@ -81,17 +82,29 @@ class EventStream:
         if error is not None:
             if not self.response.prepared:
                 return False
-            self.failure = to_api_error(error)
-            await self.send(self._error_events(self.failure))
+            await self.send(self._error_events(to_api_error(error)))
         await self._prepare()
-        await self.response.write_eof()
+        async with self._bounded():
+            await self.response.write_eof()
         return True
 
     async def send(self, events: str) -> None:
         """Waits while the client's buffer is full."""
         self._last_sent = time.monotonic()
         await self._prepare()
-        await self.response.write(events.encode())
+        async with self._bounded():
+            await self.response.write(events.encode())
+
+    @contextlib.asynccontextmanager
+    async def _bounded(self) -> AsyncIterator[None]:
+        """Cuts off a client that does not read: it would hold its request's place for ever."""
+        try:
+            async with asyncio.timeout(self._write_timeout):
+                yield
+        except TimeoutError:
+            if self._request.transport is not None:
+                self._request.transport.abort()
+            raise ConnectionResetError("the client does not read") from None
 
     async def _prepare(self) -> None:
         async with self._lock:
@@ -100,7 +113,7 @@ class EventStream:
 
     async def _keep_alive(self) -> None:
         while True:
-            wait = self._last_sent + self._seconds - time.monotonic()
+            wait = self._last_sent + self._keep_alive_seconds - time.monotonic()
             if wait > 0:
                 await asyncio.sleep(wait)
             else:

@@ -9,17 +9,15 @@ from aiohttp import web
 from pydantic import model_validator
 
 from jaxllm.prompts import tokenize_chat
-from jaxllm.server.body import StrictModel, read_body
+from jaxllm.server.body import HasModel, ListOf, open_request
 from jaxllm.server.chat_messages import Messages, template_messages
-from jaxllm.server.context import CONTEXT
 from jaxllm.server.errors import ApiError
 from jaxllm.text.tokenizer import Tokenizer
 
 
-class TokenizeRequest(StrictModel):
+class TokenizeRequest(HasModel):
     """A text, or the messages of a chat."""
 
-    model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None
     add_special_tokens: bool = True
@@ -34,11 +32,10 @@ class TokenizeRequest(StrictModel):
         return self
 
 
-class DetokenizeRequest(StrictModel):
+class DetokenizeRequest(HasModel):
     """Token ids."""
 
-    model: str | None = None
-    tokens: list[int]
+    tokens: ListOf[int]
 
 
 def add_routes(app: web.Application) -> None:
@@ -49,10 +46,8 @@ def add_routes(app: web.Application) -> None:
 
 async def tokenize(request: web.Request) -> web.Response:
     """The token ids of a text or a chat."""
-    context = request.app[CONTEXT]
+    context, body = await open_request(request, TokenizeRequest)
     engine = context.ready_engine()
-    body = await read_body(request, TokenizeRequest)
-    context.check_model(body.model)
     reply = await asyncio.to_thread(_tokenize, body, engine.get_tokenizer())
     reply["max_model_len"] = engine.running.engine.config.max_model_len
     return web.json_response(reply)
@@ -75,10 +70,8 @@ def _tokenize(body: TokenizeRequest, tokenizer: Tokenizer) -> dict[str, Any]:
 
 async def detokenize(request: web.Request) -> web.Response:
     """The text of token ids, special tokens included."""
-    context = request.app[CONTEXT]
+    context, body = await open_request(request, DetokenizeRequest)
     engine = context.ready_engine()
-    body = await read_body(request, DetokenizeRequest)
-    context.check_model(body.model)
     vocab_size = engine.running.engine.vocab_size
     for position, token_id in enumerate(body.tokens):
         if not 0 <= token_id < vocab_size:

@@ -8,6 +8,7 @@ https://huggingface.co/docs/transformers/chat_templating_writing
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -20,8 +21,13 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from jaxllm.request_error import RequestError
+
 # Marks where the last message ends. The space shows whether the template trims messages.
 END_MARK = "<<end of the message to continue>> "
+
+
+ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of an object that a template prints
 
 
 class _GenerationTag(Extension):
@@ -135,14 +141,15 @@ def render_chat(
     Raises ValueError if the messages are malformed or the template refuses them.
     """
     if continue_final_message and add_generation_prompt:
-        raise ValueError(
-            "continue_final_message and add_generation_prompt exclude each other; set one to False"
+        raise RequestError(
+            "continue_final_message and add_generation_prompt exclude each other; set one to False",
+            param="continue_final_message",
         )
     compiled = _compile_checked(template)
     try:
         chat = _checked_messages(messages, compiled.takes_parts)
     except RecursionError as error:
-        raise ValueError("messages are nested too deeply") from error
+        raise RequestError("messages are nested too deeply", param="prompt") from error
     if continue_final_message:
         chat[-1]["content"] = _marked(chat[-1].get("content"))
     variables = _plain({**special_tokens, **template_kwargs}, "template option")
@@ -155,21 +162,27 @@ def render_chat(
     try:
         text = compiled.template.render(variables)
     except Exception as error:  # a template may raise anything
-        raise ValueError(f"the chat template failed: {_one_line(error)}") from error
+        raise RequestError(
+            f"the chat template failed: {_one_line(error)}", param="prompt"
+        ) from error
     return _cut_at_mark(text) if continue_final_message else text
 
 
 def _compile_checked(template: str) -> _Compiled:
     if not isinstance(template, str):
-        raise ValueError(f"the chat template must be a string, got {type(template).__name__}")
+        raise RequestError(
+            f"the chat template must be a string, got {type(template).__name__}", param="prompt"
+        )
     try:
         return _compile(template)
     except (jinja2.TemplateError, RecursionError) as error:
-        raise ValueError(f"the chat template is malformed: {_one_line(error)}") from error
+        raise RequestError(
+            f"the chat template is malformed: {_one_line(error)}", param="prompt"
+        ) from error
 
 
 def _one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
+    lines = ADDRESS.sub("", str(error)).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
@@ -177,9 +190,11 @@ def _checked_messages(
     messages: Sequence[Mapping[str, Any]], takes_parts: bool
 ) -> list[dict[str, Any]]:
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
-        raise ValueError(f"messages must be a list of dicts, got {type(messages).__name__}")
+        raise RequestError(
+            f"messages must be a list of dicts, got {type(messages).__name__}", param="prompt"
+        )
     if not messages:
-        raise ValueError("messages must not be empty")
+        raise RequestError("messages must not be empty", param="prompt")
     return [_checked_message(i, message, takes_parts) for i, message in enumerate(messages)]
 
 
@@ -187,9 +202,11 @@ def _checked_message(index: int, message: Any, takes_parts: bool) -> dict[str, A
     """A copy of plain data. Keys that are None are left out: templates test for their presence."""
     name = f"messages[{index}]"
     if not isinstance(message, Mapping):
-        raise ValueError(f"{name} must be a dict, got {type(message).__name__}")
+        raise RequestError(f"{name} must be a dict, got {type(message).__name__}", param="prompt")
     if not isinstance(message.get("role"), str) or not message["role"]:
-        raise ValueError(f"{name} needs a role, a non-empty string; got {message.get('role')!r}")
+        raise RequestError(
+            f"{name} needs a role, a non-empty string; got {message.get('role')!r}", param="prompt"
+        )
     checked = _plain({k: v for k, v in message.items() if v is not None}, name)
     content = checked.get("content")
     if isinstance(content, list):
@@ -197,10 +214,12 @@ def _checked_message(index: int, message: Any, takes_parts: bool) -> dict[str, A
         if not takes_parts:
             checked["content"] = "\n".join(texts)
     elif content is None and "tool_calls" not in checked:
-        raise ValueError(f"{name} has no content")
+        raise RequestError(f"{name} has no content", param="prompt")
     elif content is not None and not isinstance(content, str):
-        raise ValueError(
-            f"{name}.content must be a string or a list of text parts, got {type(content).__name__}"
+        raise RequestError(
+            f"{name}.content must be a string or a list of text parts, got "
+            f"{type(content).__name__}",
+            param="prompt",
         )
     return checked
 
@@ -208,16 +227,20 @@ def _checked_message(index: int, message: Any, takes_parts: bool) -> dict[str, A
 def _checked_part(name: str, part: Any) -> str:
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     if kind != "text":
-        raise ValueError(f"{name} is of type {kind!r}; only 'text' is supported")
+        raise RequestError(f"{name} is of type {kind!r}; only 'text' is supported", param="prompt")
     if not isinstance(part.get("text"), str):
-        raise ValueError(f"{name}.text must be a string, got {part.get('text')!r}")
+        raise RequestError(
+            f"{name}.text must be a string, got {part.get('text')!r}", param="prompt"
+        )
     return part["text"]
 
 
 def _checked_tools(tools: Sequence[Mapping[str, Any]]) -> list[Any]:
     is_list = isinstance(tools, Sequence) and not isinstance(tools, (str, bytes))
     if not is_list or not all(isinstance(tool, Mapping) for tool in tools):
-        raise ValueError("tools must be a list of dicts, each a JSON schema of a function")
+        raise RequestError(
+            "tools must be a list of dicts, each a JSON schema of a function", param="tools"
+        )
     return [_plain(tool, f"tools[{i}]") for i, tool in enumerate(tools)]
 
 
@@ -232,7 +255,7 @@ def _plain(value: Any, name: str) -> Any:
     for kind in (int, float, str):
         if isinstance(value, kind):
             return kind.__str__(value) if kind is str else kind(value)
-    raise ValueError(f"{name} must be JSON data, got {type(value).__name__}")
+    raise RequestError(f"{name} must be JSON data, got {type(value).__name__}", param="prompt")
 
 
 def _marked(content: Any) -> Any:
@@ -240,13 +263,19 @@ def _marked(content: Any) -> Any:
     if isinstance(content, str):
         return content + END_MARK
     if not content:
-        raise ValueError("continue_final_message: the last message has no text to continue")
+        raise RequestError(
+            "continue_final_message: the last message has no text to continue",
+            param="continue_final_message",
+        )
     return [*content[:-1], {**content[-1], "text": content[-1]["text"] + END_MARK}]
 
 
 def _cut_at_mark(text: str) -> str:
     end = text.rfind(END_MARK.strip())
     if end < 0:
-        raise ValueError("continue_final_message: the chat template drops the last message's text")
+        raise RequestError(
+            "continue_final_message: the chat template drops the last message's text",
+            param="continue_final_message",
+        )
     kept_space = text.startswith(END_MARK, end)
     return text[:end] if kept_space else text[:end].rstrip()

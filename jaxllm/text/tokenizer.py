@@ -16,6 +16,7 @@ from tokenizers import AddedToken, processors
 from tokenizers import Tokenizer as Backend
 
 from jaxllm.config import ModelError
+from jaxllm.request_error import RequestError
 from jaxllm.text.gguf_vocabulary import build_gguf_vocabulary
 from jaxllm.text.piece_decoder import (
     ByteDecoder,
@@ -175,11 +176,15 @@ def _load_old_format(folder: Path) -> Tokenizer:
 
 def _checked_text(text: str) -> str:
     if not isinstance(text, str):
-        raise ValueError(f"text to tokenize must be a string, got {type(text).__name__}")
+        raise RequestError(
+            f"text to tokenize must be a string, got {type(text).__name__}", param="prompt"
+        )
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"text to tokenize is not valid Unicode: {error}") from error
+        raise RequestError(
+            f"text to tokenize is not valid Unicode: {error}", param="prompt"
+        ) from error
     return text
 
 

@@ -182,7 +182,7 @@ def test_who_shares_blocks_with_a_sequence_that_is_not_finite_is_computed_again(
     assert outputs["bad"].outputs[0].finish_reason == "error"
     assert outputs["victim"].outputs == expected
     assert reads == {"bad": 2, "victim": 4}
-    assert engine.scheduler.pool.num_cached_blocks == 0
+    assert engine.scheduler.pool.cached_blocks == ()
 
 
 def test_a_mean_that_is_not_finite_is_an_error() -> None:
@@ -198,7 +198,7 @@ def test_a_mean_that_is_not_finite_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (embed("r", [*LONG_PROMPT, 1]), "the prompt has 33 tokens, max_model_len is 32"),
+        (embed("r", [*LONG_PROMPT, 1]), "the prompt has 33 tokens, and there is room for 32"),
         (embed("r", []), "the prompt is empty"),
         (embed("r", [VOCAB_SIZE]), "outside the vocabulary"),
         (embed("r", [1], "mean"), "pooling must be PoolingParams, got str"),  # type: ignore[arg-type]

@@ -3,12 +3,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from fake_runner import EOS, LETTERS, VOCAB_SIZE, FakeRunner, ids
+from fake_runner import EOS, LETTERS, VOCAB_SIZE, FakeHandle, FakeRunner, ids
 from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Backend
 
 from jaxllm.config import EngineConfig
 from jaxllm.engine.engine import Engine, QueueFullError, Request
+from jaxllm.engine.sequence import NOT_FINITE
 from jaxllm.outputs import Logprob
 from jaxllm.sampling_params import RequestOutputKind, SamplingParams
 from jaxllm.text.tokenizer import Tokenizer
@@ -243,6 +244,35 @@ def test_prompt_logprobs_over_chunks_beside_others_and_with_a_warm_cache():
     assert out.prompt_logprobs[0] is None
     expected = [{i: Logprob(-(1 + i) / 4, 1 + i, "abc"[i])} for i in ids(prompt)[1:]]
     assert out.prompt_logprobs[1:] == expected
+
+
+class BrokenOnce(FakeRunner):
+    """One step computes nothing but NaN."""
+
+    def __init__(self, config, broken_step):
+        super().__init__(config, lambda sequence: EOS)
+        self.broken_step = broken_step
+
+    def execute(self, batch):
+        handle = super().execute(batch)
+        if len(self.batches) - 1 != self.broken_step:
+            return handle
+        result = handle.result()
+        rows = result.prompt_logprobs
+        rows = replace(rows, logprobs=np.full_like(rows.logprobs, np.nan))
+        token_ids = np.full_like(result.token_ids, NOT_FINITE)
+        return FakeHandle(replace(result, token_ids=token_ids, prompt_logprobs=rows), None)
+
+
+@pytest.mark.parametrize("broken_step", [0, 1, 2])
+def test_prompt_logprobs_that_are_not_finite_are_computed_again(broken_step):
+    config = replace(CONFIG, max_num_batched_tokens=5)
+    engine = make_engine(config=config, runner=BrokenOnce(config, broken_step))
+    prompt = "bcbcabcabca"
+    out = run(engine, make_request(prompt=prompt, prompt_logprobs=0))[-1]
+    assert out.outputs[0].finish_reason == "stop"
+    expected = [{i: Logprob(-(1 + i) / 4, 1 + i, "abc"[i])} for i in ids(prompt)[1:]]
+    assert out.prompt_logprobs == [None, *expected]
 
 
 def test_prompt_logprobs_are_not_doubled_by_a_preemption():

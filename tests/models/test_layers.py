@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from jaxllm.config import ModelConfig, RopeConfig
 from jaxllm.models.layers import RMSNorm
-from jaxllm.models.registry import build_model
+from jaxllm.models.decoder import Model
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])  # at the first, epsilon counts
@@ -45,7 +45,7 @@ def test_every_product_sums_in_float32(dtype: Any, precision: Any, tied: bool) -
     config = ModelConfig(
         "LlamaForCausalLM", 96, 32, 40, 1, 4, 2, 8, 64, 1e-5, RopeConfig(), tie_word_embeddings=tied
     )
-    model = build_model(config, layer_loop="switch", dtype=dtype)
+    model = Model(config, layer_loop="switch", dtype=dtype)
 
     def step(params: Any, ids: jax.Array) -> jax.Array:
         hidden, _ = model.forward(params, ids, ids, ids + 1, None, lambda q, k, v, *_: (q, None))

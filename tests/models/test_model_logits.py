@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxllm.config import ModelConfig
-from jaxllm.models.registry import build_model
+from jaxllm.models.decoder import Model
 
 NUM_PROMPT, NUM_TOKENS = 24, 30  # the step computes NUM_PROMPT rows; a decode pads to that many
 CAPACITY = NUM_TOKENS + 1  # padded rows are written to the last place, which no mask lets through
@@ -104,7 +104,7 @@ def model_logits(
     config: ModelConfig, params: dict[str, Any], layer_loop: Any, dtype: Any, tokens: np.ndarray
 ) -> np.ndarray:
     """Logits of every token: the prompt in one step, then a step a token."""
-    model = build_model(config, layer_loop=layer_loop, dtype=dtype)
+    model = Model(config, layer_loop=layer_loop, dtype=dtype)
 
     @jax.jit
     def step(params, token_ids, positions, kv_pool):  # type: ignore[no-untyped-def]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
+import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -329,6 +332,60 @@ def test_close_drops_what_is_queued_and_waits_for_what_runs() -> None:
     with pytest.raises(CancelledError):
         compiler.get("add")
     compiler.close()  # again does no harm
+
+
+def test_a_program_asked_for_after_the_end_is_an_error() -> None:
+    compiler = Compiler(None, num_threads=1)
+    submit(compiler, held=True)
+    compiler.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        compiler.get("add")
+
+
+def test_the_end_of_the_process_waits_for_the_program_under_way_only() -> None:
+    program = """
+import atexit, threading, time
+import jax
+from jaxllm.runtime.compilation import Compiler
+
+atexit.register(lambda: print(*traced))  # registered first, called last
+traced, begun = [], threading.Event()
+
+def slow(number):
+    def function(x):
+        begun.set()
+        time.sleep(0.5)
+        traced.append(number)
+        return x
+    return function
+
+compiler = Compiler(None, num_threads=1)
+vector = jax.ShapeDtypeStruct((4,), "float32")
+for number in range(20):
+    compiler.submit(number, slow(number), (vector,), jax.tree.structure(0), donate=None, key=())
+begun.wait()
+"""
+    child = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert (child.stdout, child.stderr) == ("0\n", "")
+
+
+def test_programs_used_longest_ago_make_room_for_others(
+    make: Callable[..., Compiler], tmp_path: Path
+) -> None:
+    compiler = make()
+    submit(compiler)
+    program = compiler.get("add")
+    cache = ProgramCache(tmp_path)
+    for age, key in enumerate(("new", "used", "old", "oldest")):
+        cache.store(key, program)
+        os.utime(tmp_path / key, (1e9 - age, 1e9 - age))
+    size = (tmp_path / "old").stat().st_size
+    assert cache.load("used", jax.tree.structure((ARGS, {})), OUT_TREE) is not None
+    os.utime(tmp_path / "new", (1e9 + 1, 1e9 + 1))  # still longer ago than "used"
+    ProgramCache(tmp_path, max_bytes=3 * size + size // 2).store("newest", program)
+    assert [path.name for path in programs(tmp_path)] == ["new", "newest", "used"]
 
 
 def test_a_held_program_waits_until_it_is_wanted() -> None:

@@ -15,6 +15,8 @@ from sampling_reference import changed_logits, log_softmax, probabilities
 from scipy import stats
 
 from jaxllm.engine.batch import IN_PROMPT, INT_FIELDS, IS_STOP
+from jaxllm.engine.request import token_logprobs
+from jaxllm.engine.sequence import LogprobRows
 from jaxllm.runtime import sampler
 from jaxllm.runtime.sampler import SamplingInputs
 from jaxllm.sampling_params import MAX_LOGPROBS
@@ -445,6 +447,17 @@ def test_raw_logprobs_and_ranks(vocab_size: int) -> None:
     top = np.take_along_axis(expected, order[:, :num_top], axis=1)
     np.testing.assert_allclose(result.top_logprobs[:, :num_top], top, rtol=1e-5, atol=1e-5)
     assert np.isneginf(result.top_logprobs[:, num_top:]).all()
+
+
+@pytest.mark.parametrize("chosen", [0, 1])
+def test_all_log_probabilities_of_a_vocabulary_smaller_than_asked_for(chosen: int) -> None:
+    logits = np.array([[3.0, 1.0, 2.0]], np.float32)
+    found = sampler.raw_logprobs(logits, np.array([chosen]))
+    rows = LogprobRows(*(np.asarray(array) for array in found))
+    entries = token_logprobs(rows, 0, chosen, MAX_LOGPROBS, None)
+    assert {token_id: entry.rank for token_id, entry in entries.items()} == {0: 1, 1: 3, 2: 2}
+    logprobs = [entries[token_id].logprob for token_id in range(3)]
+    np.testing.assert_allclose(logprobs, log_softmax(logits)[0], rtol=1e-5)
 
 
 def test_equal_logits_share_a_rank() -> None:

@@ -10,8 +10,7 @@ import pytest
 
 from jaxllm.config import ModelConfig, RopeConfig
 from jaxllm.engine.batch import Bucket, PackedLayout
-from jaxllm.models.decoder import LayerLoop
-from jaxllm.models.registry import build_model
+from jaxllm.models.decoder import LayerLoop, Model
 from jaxllm.runtime.kv_cache import abstract_pool
 from jaxllm.runtime.step import State, StepOptions, make_step
 
@@ -25,7 +24,7 @@ def jitted_step(
     bucket: Bucket, layer_loop: LayerLoop, dtype: Any, platform: str
 ) -> tuple[Any, tuple[Any, ...]]:
     """The step of a bucket, not yet compiled, and its abstract arguments."""
-    model = build_model(CONFIG, layer_loop=layer_loop, dtype=dtype)
+    model = Model(CONFIG, layer_loop=layer_loop, dtype=dtype)
     layout = PackedLayout(bucket, max_blocks=32)
     state = State(
         abstract_pool(CONFIG, NUM_BLOCKS, 16, dtype, platform),  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from server_on_a_thread import RunningServer, running_server
 
 from jaxllm import AsyncEngine
 from jaxllm.server.app import short_name
-from jaxllm.server.body import nesting
+from jaxllm.server.body import MAX_CONTAINERS, nesting
 from jaxllm.server.errors import ApiError, to_api_error
 from jaxllm.server.options import ServerOptions
 
@@ -318,7 +318,7 @@ def test_nesting_is_counted_outside_of_strings(raw: bytes, depth: int) -> None:
 
 def test_nesting_stops_where_it_is_too_deep_or_too_much() -> None:
     assert nesting(b"[" * 10**6, limit=64) == 65
-    with pytest.raises(ApiError, match="100000"):
+    with pytest.raises(ApiError, match=f"{MAX_CONTAINERS}"):
         nesting(b"[" + b"[]," * 200_000, limit=64)
 
 

@@ -268,8 +268,8 @@ def test_what_is_not_supported_is_refused_and_named(
     error: Any = refused.value.body
     assert says in error["message"]
     assert error["type"] == "invalid_request_error"
-    if field != "priority" and says not in ("vocabulary", "max_model_len"):  # the engine's
-        assert error["param"].startswith(field)
+    assert error["param"].startswith(field)
+    assert error["code"] == ("context_length_exceeded" if says == "max_model_len" else None)
 
 
 def test_another_model_is_not_found(client: openai.OpenAI) -> None:

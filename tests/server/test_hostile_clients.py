@@ -9,11 +9,14 @@ import time
 from collections.abc import Callable, Iterator
 
 import psutil
+import pydantic
 import pytest
 from loop_lag import lag_of
 from server_on_a_thread import RunningServer, running_server
 
 from jaxllm.async_engine import AsyncEngine
+from jaxllm.server import replies
+from jaxllm.server.openapi import OPERATIONS
 
 MIB = 2**20
 CHAT = "/v1/chat/completions"
@@ -66,8 +69,8 @@ def exchange(port: int, request: bytes) -> tuple[int, bytes]:
         return read_answer(sock)
 
 
-def post(body: bytes, *headers: str) -> bytes:
-    lines = [f"POST {CHAT} HTTP/1.1", "Host: x", "Content-Type: application/json", *headers]
+def post(body: bytes, *headers: str, path: str = CHAT) -> bytes:
+    lines = [f"POST {path} HTTP/1.1", "Host: x", "Content-Type: application/json", *headers]
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
@@ -150,13 +153,37 @@ def test_deep_json_in_a_field_that_may_hold_any(victim: RunningServer) -> None:
     within_a_second(lambda: check_refusal(exchange(victim.port, request), 400))
 
 
-@pytest.mark.parametrize("content", [b"[],", b"{},"])
-def test_large_body_does_not_hold_others_up(victim: RunningServer, content: bytes) -> None:
+LARGE: list[tuple[str, bytes, bytes]] = [
+    ("chat/completions", b'{"messages":[', content) for content in (b"[],", b"{},", b"1,")
+] + [
+    ("completions", b'{"prompt":[', b"1,"),  # nothing is wrong with it but its length
+    ("completions", b'{"prompt":[', b"true,"),
+    ("completions", b'{"prompt":["a"],"stop":[', b"1,"),
+    ("embeddings", b'{"input":[', b"1,"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("route", "start", "content"), LARGE)
+def test_large_body_does_not_hold_others_up(
+    victim: RunningServer, route: str, start: bytes, content: bytes
+) -> None:
     """What is slow to check comes within the limit of size."""
-    body = b'{"messages":[' + content * ((8 * MIB - 20) // len(content)) + b"1]}"
+    body = start + content * ((4 * MIB - 40) // len(content)) + b"1]}"
+    request = post(body, f"Content-Length: {len(body)}", path=f"/v1/{route}")
     with lag_of(victim.loop) as lags:
-        check_refusal(exchange(victim.port, post(body, f"Content-Length: {len(body)}")), 400)
+        check_refusal(exchange(victim.port, request), 400)
     assert max(lags) < 0.3
+
+
+@pytest.mark.parametrize(("route", "start", "content"), LARGE)
+def test_of_many_errors_few_are_kept(route: str, start: bytes, content: bytes) -> None:
+    """Each would take half a kilobyte."""
+    model = {operation.path: operation.body for operation in OPERATIONS}[f"/v1/{route}"]
+    assert model is not None
+    body = json.loads(start + content * 1000 + b"null]}")
+    with pytest.raises(pydantic.ValidationError) as refused:
+        model.model_validate(body)
+    assert refused.value.error_count() < 10
 
 
 @pytest.mark.parametrize("rubbish", [b"\x16\x03\x01\x02\x00\x01", b"GET\r\n\r\n", b"\0" * 5000])
@@ -236,3 +263,47 @@ def test_two_hundred_loris_do_not_keep_others_out(impatient: RunningServer) -> N
     finally:
         for sock in socks:
             sock.close()
+
+
+# ---- expectations, and clients that do not read
+
+
+def test_a_body_is_invited_only_after_its_headers_are_checked(victim: RunningServer) -> None:
+    body = b'{"model":"tiny","messages":[{"role":"user","content":"a"}],"max_tokens":1}'
+    head = post(b"", f"Content-Length: {len(body)}", "Expect: 100-Continue")
+    with connect(victim.port) as sock:
+        sock.sendall(head)
+        assert sock.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        sock.sendall(body)
+        assert read_answer(sock)[0] == 200
+    too_large = post(b"", f"Content-Length: {100 * MIB}", "Expect: 100-continue")
+    check_refusal(exchange(victim.port, too_large), 413)
+
+
+@pytest.mark.parametrize("method", ["GET /v1/models", "POST /v1/completions", "GET /nowhere"])
+def test_another_expectation_is_refused(victim: RunningServer, method: str) -> None:
+    request = f"{method} HTTP/1.1\r\nHost: x\r\nExpect: a miracle\r\n\r\n".encode()
+    status, data = exchange(victim.port, request)
+    assert status == 417
+    if method != "GET /nowhere":  # which aiohttp itself answers
+        check_refusal((status, data), 417)
+
+
+def test_a_stream_that_nobody_reads_is_cut_off(
+    make_engine: Callable[[], AsyncEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It frees its place for others. Each chunk is made larger than what the kernel buffers."""
+    monkeypatch.setattr(replies, "event", lambda data: f"data: {'x' * 10**6}\n\n")
+    options = {"write_timeout": 0.5, "max_queued_requests": 0}
+    with running_server(make_engine, **options) as server, connect(server.port) as sock:
+        server.wait_started()
+        body = json.dumps(
+            {"messages": [{"role": "user", "content": "a"}], "n": 8, "temperature": 1.0,
+             "max_tokens": 50, "ignore_eos": True, "stream": True}
+        ).encode()  # fmt: skip
+        sock.sendall(post(body, f"Content-Length: {len(body)}"))
+        deadline = time.monotonic() + 10
+        while not server.context.live:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        server.wait_idle()

@@ -29,8 +29,9 @@ URL = "/v1/chat/completions"
 class Process:
     """A server in a process of its own; what it writes is read as it comes."""
 
-    def __init__(self, *argv: object) -> None:
-        program = "from jaxllm.cli import main; main()"
+    def __init__(self, *argv: object, before: str = "") -> None:
+        """before: a program that runs first, in the same process."""
+        program = f"{before}\nfrom jaxllm.cli import main; main()"
         command = [sys.executable, "-c", program, "serve", *map(str, argv)]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         self.log = ""
@@ -69,8 +70,8 @@ def serve(tiny_llama_folder: Path, tiny_llm: dict[str, Any]) -> Iterator[Callabl
         flag = "--" + name.replace("_", "-")
         flags += [flag] if value is True else [flag, value]
 
-    def start(*more: object) -> Process:
-        processes.append(Process(tiny_llama_folder, *flags, *more))
+    def start(*more: object, before: str = "") -> Process:
+        processes.append(Process(tiny_llama_folder, *flags, *more, before=before))
         return processes[-1]
 
     yield start
@@ -125,6 +126,13 @@ def is_busy(process: Process) -> bool:
     return httpx.get(f"{process.base_url}/load").json()["live_requests"] > 0
 
 
+def wait_until_busy(process: Process) -> None:
+    deadline = time.monotonic() + 30
+    while not is_busy(process):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_a_second_signal_does_not_wait(serve: Callable[..., Process]) -> None:
     process = serve("--drain-seconds", 1000)
     process.wait_for("ready")
@@ -135,11 +143,34 @@ def test_a_second_signal_does_not_wait(serve: Callable[..., Process]) -> None:
             httpx.post(process.base_url + URL, json=body, timeout=60)
 
     threading.Thread(target=ask, daemon=True).start()
-    while not is_busy(process):
-        time.sleep(0.01)
+    wait_until_busy(process)
     process.process.send_signal(signal.SIGTERM)
     process.wait_for("shutting down")
     assert process.end(signal.SIGTERM) == 128 + signal.SIGTERM
+
+
+HANGING = """
+import time
+from jaxllm.runtime.model_runner import ModelRunner
+ModelRunner.execute = lambda self, batch: time.sleep(1000)
+"""
+
+
+def test_a_signal_ends_it_although_a_step_hangs(serve: Callable[..., Process]) -> None:
+    process = serve("--drain-seconds", 0, "--hang-seconds", 0.2, before=HANGING)
+    process.wait_for("ready")
+
+    def ask() -> None:
+        with contextlib.suppress(httpx.TransportError):
+            httpx.post(process.base_url + URL, json={**CHAT, "max_tokens": 2}, timeout=60)
+
+    threading.Thread(target=ask, daemon=True).start()
+    deadline = time.monotonic() + 30
+    while httpx.get(f"{process.base_url}/health").json()["status"] != "hung":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert process.end(signal.SIGTERM) == 1
+    assert "a step hangs" in process.log
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
