@@ -17,8 +17,11 @@ from jaxllm.server.errors import ApiError
 
 Body = TypeVar("Body", bound=BaseModel)
 Element = TypeVar("Element")
+TokenId = Annotated[int, Field(ge=0)]
 # A list of which one error is told, the first: of a million, all together would fill the memory.
 ListOf = Annotated[list[Element], Field(fail_fast=True)]
+# Of one or several prompts, each text or token ids. An empty one is refused where it is used.
+Texts = str | ListOf[str] | ListOf[TokenId] | ListOf[ListOf[TokenId]]
 QUICK_BYTES = 32 * 1024  # more is parsed on a thread: others' streams go on meanwhile
 QUOTE = ord('"')
 MAX_CONTAINERS = 50_000  # arrays, objects and fields

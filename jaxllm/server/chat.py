@@ -9,7 +9,7 @@ from aiohttp import web
 from pydantic import Field
 
 from jaxllm.outputs import CompletionOutput, RequestOutput
-from jaxllm.sampling_params import RequestOutputKind, SamplingParams
+from jaxllm.sampling_params import MAX_LOGPROBS, RequestOutputKind, SamplingParams
 from jaxllm.server.answers import (
     AnswerEvent,
     AnswerFormat,
@@ -52,10 +52,10 @@ class ChatRequest(StreamedFields):
     """OpenAI's fields and vLLM's. Those with `only` are not supported."""
 
     messages: Messages
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     tools: ListOf[Any] | None = None
     tool_choice: ToolChoiceMode | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None

@@ -10,8 +10,8 @@ from pydantic import Field
 
 from jaxllm.async_engine import AsyncEngine
 from jaxllm.outputs import CompletionOutput, RequestOutput
-from jaxllm.sampling_params import RequestOutputKind, SamplingParams
-from jaxllm.server.body import ListOf, open_request
+from jaxllm.sampling_params import MAX_LOGPROBS, RequestOutputKind, SamplingParams
+from jaxllm.server.body import Texts, open_request
 from jaxllm.server.context import RECORD, ServerContext
 from jaxllm.server.errors import ApiError
 from jaxllm.server.generation import Outputs, Start, run_all, run_request
@@ -28,9 +28,9 @@ OnePrompt = str | list[int]
 class CompletionRequest(StreamedFields):
     """OpenAI's fields and vLLM's. Those with `only` are not supported."""
 
-    prompt: str | ListOf[str] | ListOf[int] | ListOf[ListOf[int]]
-    max_tokens: int | None = None
-    logprobs: int | None = None
+    prompt: Texts
+    max_tokens: int | None = Field(None, ge=0)
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool = False
     best_of: int | None = None
     suffix: Annotated[Any, only("")] = None

@@ -15,7 +15,7 @@ from jaxllm.engine.request import NO_SAMPLING
 from jaxllm.outputs import RequestOutput
 from jaxllm.pooling_params import PoolingParams
 from jaxllm.request_error import RequestError
-from jaxllm.server.body import HasModel, ListOf, open_request
+from jaxllm.server.body import HasModel, Texts, open_request
 from jaxllm.server.context import RECORD, ServerContext
 from jaxllm.server.errors import RETRY_AFTER, ApiError, to_api_error
 from jaxllm.server.generation import Outputs, Start, run_all, run_request
@@ -28,7 +28,7 @@ class EmbeddingRequest(HasModel):
     """OpenAI's fields, and pooling, normalize, priority, cache_salt and timeout. user is a label,
     which changes nothing."""
 
-    input: str | ListOf[str] | ListOf[int] | ListOf[ListOf[int]]
+    input: Texts
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1)] | None = None
     pooling: Literal["mean", "last"] = "mean"

@@ -138,12 +138,8 @@ def _template_options(
 
 
 def _params(body: MessageRequest, context: ServerContext, form: AnswerFormat) -> SamplingParams:
-    fields = SamplingFields(
-        temperature=body.temperature,
-        top_p=body.top_p,
-        top_k=body.top_k,
-        stop=body.stop_sequences,
-    )
+    given = body.model_dump(include={"temperature", "top_p", "top_k"})
+    fields = SamplingFields(**given, stop=body.stop_sequences)
     with _own_names():
         return sampling_params(
             fields,

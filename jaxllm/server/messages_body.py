@@ -172,9 +172,9 @@ class MessageRequest(PromptFields):
     """Anthropic's fields, and of vLLM's those that say when and where a request is computed. Those
     with `only` are not supported."""
 
-    max_tokens: int
+    max_tokens: int = Field(ge=1)
     temperature: float | None = Field(None, ge=0, le=1)
-    top_p: float | None = None
+    top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0)
     stop_sequences: ListOf[str] | None = None
     stream: bool | None = None

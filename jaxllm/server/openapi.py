@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,8 +133,11 @@ OPERATIONS = (
 )  # fmt: skip
 
 
-def describe(operations: tuple[Operation, ...], has_keys: bool) -> dict[str, Any]:
-    """The OpenAPI document. has_keys: whether the server asks for API keys."""
+def describe(
+    operations: tuple[Operation, ...], has_keys: bool, model_names: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The OpenAPI document. has_keys: whether the server asks for API keys.
+    model_names: those that are served."""
     bodies = [operation.body for operation in operations if operation.body is not None]
     references, schemas = models_json_schema(
         [(body, "validation") for body in bodies], ref_template=REF
@@ -147,6 +151,10 @@ def describe(operations: tuple[Operation, ...], has_keys: bool) -> dict[str, Any
             described["requestBody"] = {"required": True, "content": {JSON: {"schema": schema}}}
         paths.setdefault(operation.path, {})[operation.method] = described
     errors = {"Error": ERROR, "AnthropicError": ANTHROPIC_ERROR}
+    for schema in schemas.get("$defs", {}).values():
+        if model_names and "model" in schema.get("properties", {}):
+            is_needed = "model" in schema.get("required", ())
+            schema["properties"]["model"] = {"enum": [*model_names, *([] if is_needed else [None])]}
     components: dict[str, Any] = {"schemas": {**errors, **schemas.get("$defs", {})}}
     if has_keys:
         components["securitySchemes"] = {KEY: {"type": "http", "scheme": "bearer"}}
@@ -197,7 +205,8 @@ def _success(operation: Operation) -> dict[str, Any]:
 
 def add_routes(app: web.Application) -> None:
     """Registers the route of this file."""
-    text = json.dumps(describe(OPERATIONS, bool(app[CONTEXT].keys)))
+    context = app[CONTEXT]
+    text = json.dumps(describe(OPERATIONS, bool(context.keys), context.model_names))
 
     async def get_description(_: web.Request) -> web.Response:
         return web.Response(text=text, content_type=JSON)

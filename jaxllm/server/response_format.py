@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from jaxllm.server.body import StrictModel
 from jaxllm.server.errors import ApiError
@@ -41,8 +41,22 @@ class JsonSchemaFormat(StrictModel):
     json_schema: JsonSchema
 
 
+def _type_of(given: Any) -> str | None:
+    kind = given.get("type") if isinstance(given, dict) else getattr(given, "type", None)
+    return kind if isinstance(kind, str) else None
+
+
+# Told apart by a function: a mapping in the OpenAPI description is more than its readers know.
+BY_TYPE = Discriminator(
+    _type_of,
+    custom_error_type="format_type",
+    custom_error_message="type must be text, json_object or json_schema",
+)
 ResponseFormat = Annotated[
-    TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")
+    Annotated[TextFormat, Tag("text")]
+    | Annotated[JsonObjectFormat, Tag("json_object")]
+    | Annotated[JsonSchemaFormat, Tag("json_schema")],
+    BY_TYPE,
 ]
 
 

@@ -10,11 +10,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
+from jaxllm.sampling_params import MAX_LOGPROBS
 from jaxllm.server.answers import ToolChoice, ToolChoiceMode
 from jaxllm.server.body import ListOf, StrictModel
 from jaxllm.server.chat_messages import parse_arguments
 from jaxllm.server.errors import ApiError
 from jaxllm.server.response_format import (
+    BY_TYPE,
     JsonObjectFormat,
     JsonSchema,
     JsonSchemaFormat,
@@ -151,7 +153,12 @@ class TextConfig(StrictModel):
     """The form of the answer's text."""
 
     format: (
-        Annotated[TextFormat | JsonObjectFormat | JsonSchemaTextFormat, Field(discriminator="type")]
+        Annotated[
+            Annotated[TextFormat, Tag("text")]
+            | Annotated[JsonObjectFormat, Tag("json_object")]
+            | Annotated[JsonSchemaTextFormat, Tag("json_schema")],
+            BY_TYPE,
+        ]
         | None
     ) = None
     verbosity: Annotated[Any, only("medium")] = None
@@ -184,12 +191,12 @@ class ResponseRequest(RequestFields):
 
     input: Input
     instructions: str | None = None
-    max_output_tokens: int | None = None
+    max_output_tokens: int | None = Field(None, ge=1)
     tools: ListOf[FunctionTool] | None = None
     tool_choice: ToolChoiceMode | FunctionChoice | None = None
     parallel_tool_calls: bool | None = None
     include: ListOf[Literal["message.output_text.logprobs"]] | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20)
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     stream_options: ResponseStreamOptions | None = None
     text: TextConfig | None = None
     structured_outputs: dict[str, Any] | None = None

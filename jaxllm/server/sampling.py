@@ -3,52 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field
+from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import core_schema
 
 from jaxllm.request_error import RequestError
-from jaxllm.sampling_params import RequestOutputKind, SamplingParams
-from jaxllm.server.body import HasModel, ListOf, StrictModel
+from jaxllm.sampling_params import MAX_LOGPROBS, MAX_N, RequestOutputKind, SamplingParams
+from jaxllm.server.body import HasModel, ListOf, StrictModel, TokenId
 from jaxllm.server.context import ServerContext
 from jaxllm.server.errors import ApiError, to_api_error
 from jaxllm.server.options import ServerOptions
 
 
-def only(*allowed: Any) -> AfterValidator:
+class only:
     """For a field that is not supported: takes null and values that ask for nothing."""
 
-    def check(value: Any) -> Any:
-        if value is None or any(value == one and type(value) is type(one) for one in allowed):
+    def __init__(self, *allowed: Any) -> None:
+        self._allowed = allowed
+
+    def _check(self, value: Any) -> Any:
+        if value is None or any(value == one and type(value) is type(one) for one in self._allowed):
             return value
-        neutral = f", or {allowed[0]!r}" if allowed else ""
+        neutral = f", or {self._allowed[0]!r}" if self._allowed else ""
         raise ValueError(f"is not supported; leave it out{neutral}")
 
-    return AfterValidator(check)
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._check)
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {"enum": [None, *self._allowed]}
 
 
 class SamplingFields(StrictModel):
-    """Sampling, as vLLM's users know it. Null is the same as absent."""
+    """Sampling, as vLLM's users know it. Null is the same as absent. SamplingParams checks more;
+    what one number can be alone is said here, for the OpenAPI description."""
 
-    n: int | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    seed: int | None = None
+    n: int | None = Field(None, ge=1, le=MAX_N)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: str | ListOf[str] | None = None
-    stop_token_ids: ListOf[int] | None = None
+    stop_token_ids: ListOf[TokenId] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
-    min_tokens: int | None = None
+    min_tokens: int | None = Field(None, ge=0)
     skip_special_tokens: bool | None = None
-    logit_bias: dict[str, float] | None = None
-    allowed_token_ids: ListOf[int] | None = None
-    banned_token_ids: ListOf[int] | None = None
-    prompt_logprobs: int | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    allowed_token_ids: ListOf[TokenId] | None = None
+    banned_token_ids: ListOf[TokenId] | None = None
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
 
 class RequestFields(HasModel, SamplingFields):

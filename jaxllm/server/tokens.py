@@ -9,7 +9,7 @@ from aiohttp import web
 from pydantic import model_validator
 
 from jaxllm.prompts import tokenize_chat
-from jaxllm.server.body import HasModel, ListOf, open_request
+from jaxllm.server.body import HasModel, ListOf, TokenId, open_request
 from jaxllm.server.chat_messages import Messages, template_messages
 from jaxllm.server.errors import ApiError
 from jaxllm.text.tokenizer import Tokenizer
@@ -35,7 +35,7 @@ class TokenizeRequest(HasModel):
 class DetokenizeRequest(HasModel):
     """Token ids."""
 
-    tokens: ListOf[int]
+    tokens: ListOf[TokenId]
 
 
 def add_routes(app: web.Application) -> None:

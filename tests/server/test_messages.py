@@ -400,9 +400,9 @@ def user(*content: Any) -> list[Any]:
     ("fields", "says"),
     [
         ({"max_tokens": None}, "max_tokens: input should be a valid integer"),
-        ({"max_tokens": 0}, "max_tokens must be"),
+        ({"max_tokens": 0}, "max_tokens: "),
         ({"temperature": 1.5}, "temperature: input should be less than or equal to 1"),
-        ({"top_p": 0.0}, "top_p must be"),
+        ({"top_p": 0.0}, "top_p: "),
         ({"top_k": -1}, "top_k"),
         ({"stop_sequences": [""]}, "stop_sequences must be non-empty"),
         ({"stop_sequences": ["a"] * 17}, "stop_sequences may have 16"),
