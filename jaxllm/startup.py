@@ -172,7 +172,7 @@ def start_engine(model_name: str, options: EngineOptions) -> RunningEngine:
 
 
 def _end_tokens(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """What ends an answer: the configuration's tokens, and the tokenizer's where the model has it."""
+    """What ends an answer: the configuration's tokens, and the tokenizer's if the model has it."""
     ids, eos = config.eos_token_ids, tokenizer.eos_token_id
     if eos is None or eos in ids or eos >= config.vocab_size:
         return ids

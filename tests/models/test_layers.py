@@ -14,8 +14,8 @@ from jax import lax
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from jaxllm.config import ModelConfig, RopeConfig
-from jaxllm.models.layers import RMSNorm
 from jaxllm.models.decoder import Model
+from jaxllm.models.layers import RMSNorm
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])  # at the first, epsilon counts
