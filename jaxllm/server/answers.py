@@ -107,7 +107,8 @@ def answer_format(
     if not tools and choice.mode in ("auto", "required"):
         raise ApiError(400, "tool_choice needs tools", param="tool_choice")
     structured = wanted.structured(after_reasoning=reasoning is not None)
-    if not tools or choice.mode == "none":
+    checked = _checked(tools)
+    if not checked or choice.mode == "none":
         return AnswerFormat(reasoning, None, structured=structured)
     if structured is not None:
         raise ApiError(
@@ -120,10 +121,6 @@ def answer_format(
     calls = choose_parser(template) if calls == "auto" else calls
     if calls is None or calls == "none":
         raise ApiError(400, "tools are not supported with this model", param="tools")
-    try:
-        checked = check_tools(tools)
-    except ValueError as error:
-        raise ApiError(400, str(error), param="tools") from None
     if choice.mode != "required":
         return AnswerFormat(reasoning, calls, checked, single_call)
     callable_ = [t for t in checked if choice.name in (None, t["function"]["name"])]
@@ -139,6 +136,15 @@ def answer_format(
         grammar=grammar, after_reasoning=reasoning is not None, source="tools"
     )
     return AnswerFormat(reasoning, calls, checked, single_call, structured)
+
+
+def _checked(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
+    if not tools:
+        return []
+    try:
+        return check_tools(tools)
+    except ValueError as error:
+        raise ApiError(400, str(error), param="tools") from None
 
 
 def chat_starter(

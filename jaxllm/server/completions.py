@@ -159,7 +159,7 @@ class _Reply(Reply):
                 assert output.prompt_logprobs is not None
                 token_ids = [*output.prompt_token_ids, *token_ids]
                 logprobs = [*output.prompt_logprobs, *logprobs]
-        choice = self._body_of(index, text, token_ids, logprobs, answer)
+        choice = self._body_of(index, text, token_ids, logprobs, output, answer)
         if self._body.prompt_logprobs is not None:
             choice["prompt_logprobs"] = prompt_logprobs_body(output.prompt_logprobs)
         return choice
@@ -170,12 +170,16 @@ class _Reply(Reply):
         text: str,
         token_ids: Sequence[int],
         logprobs: Sequence[Any] | None,
+        output: RequestOutput,
         answer: CompletionOutput,
     ) -> dict[str, Any]:
         found, num_top = None, self._params.logprobs
         if logprobs is not None and num_top is not None:
             if index not in self._logprobs:
-                self._logprobs[index] = CompletionLogprobs(num_top, self._tokenizer)
+                before = [] if self._body.echo else output.prompt_token_ids
+                skips = self._params.skip_special_tokens
+                decoder = self._tokenizer.piece_decoder(before, skips)
+                self._logprobs[index] = CompletionLogprobs(num_top, self._tokenizer, decoder)
             found = self._logprobs[index].body(token_ids, logprobs)
         return {
             "index": index,
@@ -209,4 +213,4 @@ class _Reply(Reply):
         if self._body.echo and index not in self._begun:
             text = self._prompt_text(output) + text
         self._begun.add(index)
-        return self._body_of(index, text, answer.token_ids, answer.logprobs, answer)
+        return self._body_of(index, text, answer.token_ids, answer.logprobs, output, answer)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxllm.outputs import Logprob, TokenLogprobs
+from jaxllm.text.piece_decoder import PieceDecoder
 from jaxllm.text.tokenizer import Tokenizer
 
 LOWEST = -9999.0  # JSON has no infinity
@@ -46,11 +47,13 @@ def _finite(found: Logprob) -> float:
 
 class CompletionLogprobs:
     """The completions form of one answer, which may come in pieces. Offsets count characters of
-    the answer's text."""
+    the answer's text, as the decoder makes it; a token that only begins a character, or that the
+    text leaves out, has the offset of the next one."""
 
-    def __init__(self, num_top: int, tokenizer: Tokenizer) -> None:
+    def __init__(self, num_top: int, tokenizer: Tokenizer, decoder: PieceDecoder) -> None:
         self._num_top = num_top
         self._tokenizer = tokenizer
+        self._decoder = decoder
         self._offset = 0
 
     def body(
@@ -61,10 +64,9 @@ class CompletionLogprobs:
             "text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": [],
         }  # fmt: skip
         for token_id, found in zip(token_ids, logprobs, strict=True):
-            text = self._tokenizer.token_string(token_id)
             body["text_offset"].append(self._offset)
-            body["tokens"].append(text)
-            self._offset += len(text)
+            body["tokens"].append(self._tokenizer.token_string(token_id))
+            self._offset += len(self._decoder.push([token_id]))
             body["token_logprobs"].append(None if found is None else _finite(found[token_id]))
             body["top_logprobs"].append(None if found is None else self._top(token_id, found))
         return body

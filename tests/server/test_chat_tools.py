@@ -142,6 +142,8 @@ def test_results_of_calls_go_back_as_templates_read_them(
         ({"tools": [{"type": "function", "function": {"name": "bad name"}}]}, "tools"),
         ({"tools": [TOOLS[0], TOOLS[0]]}, "tools"),
         ({"tools": ["weather"]}, "tools"),
+        ({"tools": ["weather"], "tool_choice": "none"}, "tools"),
+        ({"tools": [], "parallel_tool_calls": False}, "parallel_tool_calls"),
         ({"tool_choice": "always"}, "tool_choice"),
         ({"tool_choice": {"type": "function", "function": {"name": "rain"}}}, "tool_choice"),
         ({"tools": [], "tool_choice": "required"}, "tool_choice"),

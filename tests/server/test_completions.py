@@ -94,13 +94,26 @@ def test_echo_with_logprobs_scores_the_prompt(
     ids = [*output.prompt_token_ids, *output.outputs[0].token_ids]
     strings = [server.engine.get_tokenizer().token_string(i) for i in ids]
     assert logprobs.tokens == strings
-    assert logprobs.text_offset == [len("".join(strings[:i])) for i in range(len(strings))]
+    decode = server.engine.get_tokenizer().decode
+    wholes = [decode(ids[:i]) for i in range(len(ids))]
+    # The end of a text may be half of a character, which counts with the rest of it.
+    for offset, text in zip(logprobs.text_offset or [], wholes, strict=True):
+        assert len(text.rstrip("\ufffd")) <= offset <= len(text)
     found: list[Any] = [*(output.prompt_logprobs or []), *(output.outputs[0].logprobs or [])]
     expected_values = [None, *(one[i].logprob for i, one in zip(ids[1:], found[1:], strict=True))]
     assert logprobs.token_logprobs == pytest.approx(expected_values, abs=1e-3)
     assert logprobs.top_logprobs is not None
     assert logprobs.top_logprobs[0] is None
     assert all(2 <= len(top) <= 3 for top in logprobs.top_logprobs[1:])
+
+
+def test_offsets_count_characters_and_not_bytes(client: openai.OpenAI) -> None:
+    reply = client.completions.create(
+        model="tiny", prompt="éa", echo=True, logprobs=1, max_tokens=0
+    )
+    logprobs = reply.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.text_offset == [0, 0, 1]
 
 
 @pytest.mark.parametrize("stream", [False, True])

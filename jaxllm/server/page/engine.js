@@ -3,6 +3,7 @@
 import { call } from "./api.js";
 
 const POLL_MS = 500;
+const SILENT_SECONDS = 3; // an engine that says nothing for so long is busy with one step
 const KEPT_SPEEDS = 120; // a minute of them
 const LARGEST_CELL = 14; // CSS pixels, the gap between cells included
 const SMALLEST_CELL = 3;
@@ -103,8 +104,10 @@ export class EngineView {
     this.isPolling = true;
     try {
       this.snapshot = await (await call("/debug/engine")).json();
-      this.showStatus("ready", true);
-      this.write("engine-note", "");
+      const age = this.snapshot.age_seconds;
+      const isFresh = age < SILENT_SECONDS;
+      this.showStatus(isFresh ? "ready" : `no answer for ${Math.round(age)} s`, isFresh);
+      this.write("engine-note", isFresh ? "" : "as it was last seen");
       this.draw();
     } catch (error) {
       // a fetch that reaches nobody is a TypeError, whose words help no reader
