@@ -45,6 +45,13 @@ ENGINE = EngineConfig(
         ({"rms_norm_eps": 1.0}, "rms_norm_eps"),
         ({"sliding_windows": (8,)}, "sliding_windows has 1 entries for 2 layers"),
         ({"sliding_windows": (8, -1)}, "sliding_windows must not be negative"),
+        ({"vocab_size": 10**18}, "vocab_size must be at most 16777216, got 10{18}"),
+        ({"intermediate_size": 10**18}, "intermediate_size must be at most"),
+        ({"hidden_size": 1 << 21}, "hidden_size must be at most 1048576, got 2097152"),
+        ({"num_layers": 4097}, "num_layers must be at most 4096, got 4097"),
+        ({"num_heads": 10**12, "num_kv_heads": 10**12}, "num_heads must be at most"),
+        ({"head_dim": 2 * 10**9}, "head_dim must be at most 4096, got 2000000000"),
+        ({"max_position_embeddings": 10**15}, "max_position_embeddings must be at most"),
         ({"eos_token_ids": (2, 100)}, "eos_token_id 100 is outside the vocabulary of 100"),
         ({"eos_token_ids": (-1,)}, "eos_token_id -1"),
     ],
@@ -70,6 +77,12 @@ def test_window_of_a_layer() -> None:
         ({"factor": -1.0}, "factor"),
         ({"factor": math.nan}, "factor"),
         ({"factor": math.inf}, "factor"),
+        ({"factor": 1e300}, "factor must be positive and at most 1048576, got 1e.300"),
+        ({"original_max_position_embeddings": 0}, "original_max_position_embeddings must be a pos"),
+        (
+            {"original_max_position_embeddings": 10**9},
+            "original_max_position_embeddings must be at",
+        ),
     ],
 )
 def test_rope_config_refuses(options: dict[str, Any], message: str) -> None:
@@ -110,6 +123,9 @@ def test_width_of_a_block_table(max_model_len: int, blocks: int) -> None:
         (RopeConfig("llama3", factor=8.0, original_max_position_embeddings=512), 2048),
         (RopeConfig("yarn", factor=4.0, original_max_position_embeddings=2048), 8192),
         (RopeConfig("yarn", factor=4.0, original_max_position_embeddings=512), 2048),
+        (RopeConfig("linear", factor=1e-300), 1),
+        (RopeConfig("dynamic", factor=2.0**20), 2**27),
+        (RopeConfig("yarn", factor=2.0**20), 2**27),
     ],
 )
 def test_the_longest_context_follows_the_rotation(rope: RopeConfig, expected: int) -> None:

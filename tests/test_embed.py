@@ -169,7 +169,7 @@ def test_params_of_each_prompt(reference: TorchModel, llm: LLM) -> None:
 @pytest.mark.parametrize(
     ("prompt", "params", "message"),
     [
-        ([1] * 129, None, "the prompt has 129 tokens, max_model_len is 128"),
+        ([1] * 129, None, "the prompt has 129 tokens, and there is room for 128"),
         ([1], PoolingParams(dimensions=65), "dimensions must be between 1 and 64"),
         ([1], SamplingParams(), "one PoolingParams for all"),
         ([1], [PoolingParams()] * 2, "one PoolingParams for all, or one for each of 1"),

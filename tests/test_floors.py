@@ -19,6 +19,7 @@ FLOORS = {
     "jaxllm.config": 0,
     "jaxllm.sampling_params": 0,
     "jaxllm.structured_outputs": 0,
+    "jaxllm.request_error": 0,
     "jaxllm.pooling_params": 0,
     "jaxllm.outputs": 0,
     "jaxllm.engine_options": 0,

@@ -75,7 +75,44 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: change_config(f, num_hidden_layers=3), r"missing: .*layers\.2\.",
     ),
     "a config that lies about the vocabulary": (
-        lambda f: change_config(f, vocab_size=10**9), r"misshapen: .*\[1000000000, 64\]",
+        lambda f: change_config(f, vocab_size=10**7), r"misshapen: .*\[10000000, 64\]",
+    ),
+    "a vocabulary that nobody has": (
+        lambda f: change_config(f, vocab_size=10**18), "vocab_size must be at most",
+    ),
+    "layers that nobody has": (
+        lambda f: change_config(f, num_hidden_layers=10**9), "num_hidden_layers. must be at most",
+    ),
+    "more layers than tensors": (
+        lambda f: change_config(f, num_hidden_layers=4000), "too few for the 4000 layers",
+    ),
+    "heads that nobody has": (
+        lambda f: change_config(f, head_dim=2 * 10**9), "head_dim must be at most",
+    ),
+    "windows that nobody has": (
+        lambda f: change_config(
+            f, architectures=["MistralForCausalLM"], sliding_window=8, num_hidden_layers=10**9
+        ),
+        "num_hidden_layers. must be at most 4096",
+    ),
+    "a feed-forward that nobody has": (
+        lambda f: change_config(f, intermediate_size=10**18), "intermediate_size must be at most",
+    ),
+    "a context beyond any float": (
+        lambda f: change_config(
+            f, max_position_embeddings=10**400, rope_parameters={
+                "rope_type": "yarn", "factor": None, "original_max_position_embeddings": 1,
+            },
+        ),
+        "max_position_embeddings. must be an integer of 64 bits",
+    ),
+    "a stretch that nobody has": (
+        lambda f: change_config(f, rope_parameters={"rope_type": "dynamic", "factor": 1e308}),
+        r"factor must be positive and at most 1048576, got 1e\+308",
+    ),
+    "a rotation that overflows": (
+        lambda f: change_config(f, rope_theta=1e300, rope_parameters=None),
+        r"rope_theta 1e\+300",
     ),
     "heads that do not divide": (
         lambda f: change_config(f, num_key_value_heads=3), "num_heads .* multiple of num_kv_heads",
@@ -152,6 +189,15 @@ def test_a_model_that_is_not_there(tiny_llm: dict[str, Any], tmp_path: Path) -> 
         ({"attention": "flash9"}, ValueError, "flash9.*(xla|reference)"),
         ({"layer_loop": "loop"}, ValueError, "layer_loop"),
         ({"scheduling_policy": "lifo"}, ValueError, "scheduling_policy"),
+        ({"enable_prefix_caching": "false"}, ValueError, "enable_prefix_caching .*'false'"),
+        ({"forbid_compile": 1}, ValueError, "forbid_compile must be True or False, got 1"),
+        ({"program_cache": None}, ValueError, "program_cache must be True or False, got None"),
+        ({"seed": 1.5}, ValueError, "seed must be an integer, got 1.5"),
+        ({"seed": True}, ValueError, "seed must be an integer, got True"),
+        ({"attention": 7}, ValueError, "attention must be a string or None, got 7"),
+        ({"revision": 3}, ValueError, "revision must be a string or None, got 3"),
+        ({"tokenizer": 3}, ValueError, "tokenizer must be a path or None, got 3"),
+        ({"cache_dir": 3}, ValueError, "cache_dir must be a path or None, got 3"),
         ({"revision": "main"}, ModelError, "revision"),
         ({"tokenizer": "nowhere"}, ModelError, "nowhere"),
     ],

@@ -23,6 +23,7 @@ ListOf = Annotated[list[Element], Field(fail_fast=True)]
 # Of one or several prompts, each text or token ids. An empty one is refused where it is used.
 Texts = str | ListOf[str] | ListOf[TokenId] | ListOf[ListOf[TokenId]]
 QUICK_BYTES = 32 * 1024  # more is parsed on a thread: others' streams go on meanwhile
+MAX_COMMAS = 500_000  # a list of numbers takes many times its text in memory
 QUOTE = ord('"')
 MAX_CONTAINERS = 50_000  # arrays, objects and fields
 # Strings, also one that does not end, brackets and colons. No backtracking: each character once.
@@ -75,6 +76,8 @@ def _parse_as(raw: bytes, max_depth: int, model: type[Body]) -> Body:
 
 
 def _parse(raw: bytes, max_depth: int) -> dict[str, Any]:
+    if raw.count(b",") > MAX_COMMAS:
+        raise ApiError(400, f"the JSON has more than {MAX_COMMAS} commas")
     if nesting(raw, max_depth) > max_depth:
         raise ApiError(400, f"the JSON is nested more than {max_depth} levels deep")
     try:

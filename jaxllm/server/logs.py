@@ -31,7 +31,6 @@ class RequestRecord:
     method: str
     route: str
     status: int = 0
-    client_request_id: str | None = None
     model: str | None = None
     num_prompt_tokens: int | None = None
     num_output_tokens: int | None = None
@@ -40,6 +39,7 @@ class RequestRecord:
     duration: float = 0.0
     finish_reason: str | None = None
     aborted: bool = False
+    client_request_id: str | None = None
 
     def add(
         self, num_prompt: int, num_output: int, num_cached: int, ttft: float | None, reason: str

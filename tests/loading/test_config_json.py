@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from jaxllm.config import ModelError, RopeConfig
-from jaxllm.loading.config_json import generation_defaults, model_config_from_hf
+from jaxllm.loading.config_json import NEUTRAL_VALUES, generation_defaults, model_config_from_hf
 
 
 def write(folder: Path, values: Any, name: str = "config.json") -> Path:
@@ -95,7 +95,6 @@ def test_absent_keys_have_the_defaults_of_transformers(tmp_path: Path, family: s
     assert config.max_position_embeddings == reference.max_position_embeddings
     assert config.rms_norm_eps == reference.rms_norm_eps
     assert config.tie_word_embeddings == reference.tie_word_embeddings
-    assert config.bos_token_id == reference.bos_token_id
     assert config.eos_token_ids == ((2,) if reference.eos_token_id == 2 else ())
     assert config.rope == RopeConfig("default", reference.rope_parameters["rope_theta"])
     window = reference.sliding_window if family == "Mistral" else 0
@@ -182,10 +181,9 @@ def test_every_end_token_is_taken_config_first(
     tmp_path: Path, tiny_config: Callable[..., Any]
 ) -> None:
     values = hf_values(tiny_config("Llama", eos_token_id=[5, 3]), "Llama")
-    write(tmp_path, {"eos_token_id": [3, 9], "bos_token_id": 4}, "generation_config.json")
+    write(tmp_path, {"eos_token_id": [3, 9]}, "generation_config.json")
     config = model_config_from_hf(write(tmp_path, values))
     assert config.eos_token_ids == (5, 3, 9)
-    assert config.bos_token_id == 1
 
 
 def test_checkpoint_dtype_by_both_names(tmp_path: Path, tiny_config: Callable[..., Any]) -> None:
@@ -214,6 +212,21 @@ BAD = [
     ({"eos_token_id": 4000}, "eos_token_id 4000 is outside the vocabulary"),
     ({"eos_token_id": "2"}, "'eos_token_id'"),
     ({"hidden_act": "gelu"}, "'hidden_act' must be 'silu'"),
+    ({"is_causal": False}, "'is_causal' must be True"),
+    ({"attn_logit_softcapping": 50.0}, "'attn_logit_softcapping' must be 0.*, got 50.0"),
+    ({"final_logit_softcapping": 30.0}, "'final_logit_softcapping'"),
+    ({"logit_scale": 0.0625}, "'logit_scale' must be 1"),
+    ({"residual_multiplier": 0.2}, "'residual_multiplier' must be 1"),
+    ({"embedding_multiplier": 12}, "'embedding_multiplier' must be 1"),
+    ({"attention_multiplier": 0.015625}, r"'attention_multiplier' must be 0\.3535"),
+    ({"query_pre_attn_scalar": 256}, "'query_pre_attn_scalar' must be 8"),
+    ({"clip_qkv": 8.0}, "'clip_qkv' must be null"),
+    ({"no_rope_layers": [1, 1, 0]}, "'no_rope_layers' must be 1 for each layer"),
+    ({"use_qk_norm": True}, "'use_qk_norm' must be False"),
+    ({"rope_interleaved": True}, "'rope_interleaved' must be False"),
+    ({"max_position_embeddings": 1 << 63}, "'max_position_embeddings' must be an integer of 64"),
+    ({"num_hidden_layers": 10**9}, "'num_hidden_layers' must be at most 4096"),
+    ({"head_dim": 10**10}, "head_dim must be at most 4096, got 10{10}"),
     ({"partial_rotary_factor": 0.5}, "'partial_rotary_factor'"),
     ({"quantization_config": {"quant_method": "awq"}}, r"'quantization_config' \(awq\)"),
     ({"dtype": "float8"}, "'dtype' must be one of"),
@@ -244,6 +257,20 @@ def test_bad_values_are_refused_by_name(
         model_config_from_hf(write(tmp_path, values))
     assert str(error.value).startswith(str(tmp_path / "config.json"))
     assert "\n" not in str(error.value)
+
+
+def test_keys_of_other_architectures_that_change_nothing_are_no_matter(
+    tmp_path: Path, tiny_config: Callable[..., Any]
+) -> None:
+    values = hf_values(tiny_config("Llama"), "Llama")
+    plain = model_config_from_hf(write(tmp_path, values))
+    neutral: dict[str, Any] = {name: known[0] for name, known in NEUTRAL_VALUES.items() if known}
+    neutral |= {"attention_multiplier": 8**-0.5, "query_pre_attn_scalar": 8, "rotary_dim": 8}
+    neutral |= {"no_rope_layers": [1, 1, 1], "use_qk_norm": False}
+    for change in (neutral, dict.fromkeys(neutral | NEUTRAL_VALUES), {"unknown": 5}):
+        assert model_config_from_hf(write(tmp_path, values | change)) == plain
+    qwen3 = hf_values(tiny_config("Qwen3"), "Qwen3")
+    assert model_config_from_hf(write(tmp_path, qwen3 | {"use_qk_norm": True})).qk_norm
 
 
 @pytest.mark.parametrize(

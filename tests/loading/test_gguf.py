@@ -40,7 +40,9 @@ def write_gguf(
     writer = GGUFWriter(path, arch)
     for key, value in {**KEYS, **(keys or {})}.items():
         name = f"{arch}.{key}" if not key.startswith("split") else key
-        if isinstance(value, float):
+        if isinstance(value, bool):
+            writer.add_bool(name, value)
+        elif isinstance(value, float):
             writer.add_float32(name, value)
         elif isinstance(value, str):
             writer.add_string(name, value)
@@ -166,7 +168,7 @@ def test_config_of_each_architecture(tmp_path: Path) -> None:
     assert llama.architecture == "LlamaForCausalLM"
     assert (llama.vocab_size, llama.head_dim, llama.num_kv_heads) == (96, 8, 2)
     assert (llama.rms_norm_eps, llama.rope) == (1e-5, RopeConfig("default", 5e5))
-    assert (llama.bos_token_id, llama.eos_token_ids) == (0, (1, 3))
+    assert llama.eos_token_ids == (1, 3)
     assert (llama.tie_word_embeddings, llama.qkv_bias, llama.qk_norm) == (True, False, False)
     qwen2 = GGUFFile(write_gguf(tmp_path / "q2.gguf", "qwen2", tensors=head)).config()
     assert (qwen2.qkv_bias, qwen2.attention_output_bias) == (True, False)
@@ -188,6 +190,18 @@ def test_config_of_each_architecture(tmp_path: Path) -> None:
             RopeConfig("linear", 5e5, 2.5),
         ),
         ({"rope.scale_linear": 2.0}, RopeConfig("linear", 5e5, 2.0)),
+        ({"rope.scaling.factor": 4.0}, RopeConfig("linear", 5e5, 4.0)),  # no type: linear
+        ({"rope.scaling.factor": 1.0}, RopeConfig("default", 5e5)),
+        ({"rope.scaling.factor": 0.0}, RopeConfig("default", 5e5)),
+        ({"rope.scaling.type": "linear"}, RopeConfig("default", 5e5)),
+        (
+            {"rope.scaling.factor": 4.0, "rope.scale_linear": 2.0},  # the new key wins
+            RopeConfig("linear", 5e5, 4.0),
+        ),
+        (
+            {"rope.scaling.type": "none", "rope.scaling.factor": 4.0, "rope.scale_linear": 2.0},
+            RopeConfig("default", 5e5),
+        ),
         (
             {
                 "rope.scaling.type": "yarn",
@@ -246,6 +260,20 @@ BAD = [
                   "rope.scaling.attn_factor": 2.0}},
         r"rope\.scaling\.attn_factor is not supported",
     ),
+    ({"keys": {"rope.scaling.factor": 2.0},
+      "tensors": {"rope_freqs.weight": np.ones(4, np.float32)}}, "both rope_freqs.* 'linear'"),
+    ({"keys": {"rope.scaling.type": "linear", "rope.scaling.factor": 2.0},
+      "tensors": {"rope_freqs.weight": np.ones(4, np.float32)}}, "both rope_freqs.* 'linear'"),
+    ({"keys": {"block_count": 10**9, "attention.sliding_window": 64}},
+     r"llama\.block_count must be at most 4096, got 1000000000"),
+    ({"keys": {"attention.key_length": 10**9, "attention.value_length": 10**9}},
+     "head_dim must be at most 4096"),
+    ({"keys": {"context_length": 4 * 10**9}}, "max_position_embeddings must be at most"),
+    ({"keys": {"logit_scale": 0.0625}}, r"logit_scale is 0\.0625; only 0 or 1 is supported"),
+    ({"keys": {"attention.scale": 0.5}}, r"attention\.scale is 0\.5; only 0 or 0\.353"),
+    ({"keys": {"attention.clamp_kqv": 8.0}}, r"attention\.clamp_kqv is 8\.0"),
+    ({"keys": {"attn_logit_softcapping": 50.0}}, "attn_logit_softcapping is 50"),
+    ({"keys": {"attention.causal": False}}, r"attention\.causal is False"),
     ({"arch": "qwen2", "keys": {"attention.sliding_window": 64}}, "sliding_window is not supp"),
     ({"tensors": {"token_embd.weight": np.ones((3, 32), np.float32)}}, "4 tokens, but"),
     ({"tokenizer": {"eot_token_id": 96}}, "eos_token_id 96 is outside the vocabulary"),

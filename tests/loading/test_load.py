@@ -17,7 +17,7 @@ import pytest
 from jaxllm.config import ModelError
 from jaxllm.loading.config_json import model_config_from_hf
 from jaxllm.loading.gguf_source import GGUFFile
-from jaxllm.loading.load import load_parameters
+from jaxllm.loading.load import LEAF_BYTES_AHEAD, load_parameters
 from jaxllm.loading.safetensors_source import SafetensorsSource
 
 FAMILIES = [
@@ -269,8 +269,9 @@ sys.path.insert(0, {tests!r})
 import conftest
 from jaxllm.loading.config_json import model_config_from_hf
 from jaxllm.loading.gguf_source import GGUFFile
-from jaxllm.loading.load import load_parameters
+from jaxllm.loading import load
 from jaxllm.loading.safetensors_source import SafetensorsSource
+load.LEAF_BYTES_AHEAD = {ahead}
 path = Path({path!r})
 file = None if path.is_dir() else GGUFFile(path)
 config = model_config_from_hf(path) if file is None else file.config()
@@ -280,15 +281,17 @@ def peak():  # unlike ru_maxrss, not inherited from the process that started thi
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 before = peak()
-load_parameters(config, abstract, source, put=lambda array, path: {put})
+load.load_parameters(config, abstract, source, put=lambda array, path: {put})
 print(source.nbytes, before, peak())
 """
 
 
-def peak_memory(path: Path, form: str, put: str) -> tuple[int, int, int]:
+def peak_memory(
+    path: Path, form: str, put: str, ahead: int = LEAF_BYTES_AHEAD
+) -> tuple[int, int, int]:
     """The checkpoint's bytes, and the process's peak before and after loading it."""
     tests = str(Path(__file__).parent)
-    script = PEAK_PROBE.format(tests=tests, path=str(path), form=form, put=put)
+    script = PEAK_PROBE.format(tests=tests, path=str(path), form=form, put=put, ahead=ahead)
     result = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
@@ -319,11 +322,12 @@ def test_peak_memory_of_a_sharded_checkpoint(large_checkpoint: Path, form: str) 
     assert peak < 1.3 * stored + 2**30
 
 
-def test_leaves_that_put_does_not_keep_take_no_memory(large_checkpoint: Path) -> None:
-    stored, before, peak = peak_memory(large_checkpoint, "dict", "None")
-    assert peak - before < 256 * 2**20 + 64 * 2**20 < stored * 1.3
-    one_by_one = peak_memory(large_checkpoint, "stacked", "None")
-    assert one_by_one[2] - one_by_one[1] < 320 * 2**20
+@pytest.mark.parametrize("form", ["dict", "stacked"])
+def test_leaves_that_put_does_not_keep_take_no_memory(large_checkpoint: Path, form: str) -> None:
+    stored, before, peak = peak_memory(large_checkpoint, form, "None", ahead=64 << 20)
+    assert stored > 290 << 20  # so much it would be if they were kept
+    # what is under way, or one leaf of 96 MiB; the one that is put, of 63; and a few chunks
+    assert peak - before < 170 << 20
 
 
 def test_peak_memory_of_smollm2(smollm2_path: Path) -> None:

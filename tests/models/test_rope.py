@@ -101,6 +101,7 @@ def test_rotation_equals_transformers(dtype: Any) -> None:
     np.testing.assert_allclose(np.asarray(turned, np.float32), expected, rtol=rounding, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
     ("rope", "options", "message"),
     [
@@ -108,6 +109,15 @@ def test_rotation_equals_transformers(dtype: Any) -> None:
         ({**SCALED["llama 3.1"], "low_freq_factor": 4.0}, {}, "low_freq_factor < high_freq_factor"),
         ({**YARN, "rope_theta": 1.0}, {}, "needs rope_theta above 1, got 1.0"),
         ({**YARN, "beta_slow": 0.0}, {}, "needs positive beta_fast and beta_slow"),
+        ({**YARN, "beta_fast": 1e308}, {}, "cannot use a beta_fast or beta_slow of 1e.308"),
+        ({**YARN, "beta_slow": 5e-324}, {}, "cannot use a beta_fast or beta_slow of 5e-324"),
+        ({**YARN, "attention_factor": -1.0}, {}, "attention_factor must be .*, got -1.0"),
+        ({**YARN, "attention_factor": 1e300}, {}, "attention_factor must be .*, got 1e.300"),
+        ({"rope_type": "default", "rope_theta": 1e300}, {}, "theta 1e.300 .*frequency of 0.0"),
+        ({"rope_type": "default", "rope_theta": 1e-300}, {}, "theta 1e-300 .*frequency of inf"),
+        ({**SCALED["linear"], "factor": 1e-300}, {}, "factor 1e-300 .*frequency of inf"),
+        ({**SCALED["llama 3.1"], "factor": 1e-300}, {}, "factor 1e-300 .*frequency of (inf|nan)"),
+        ({**YARN, "factor": 1e-300}, {}, "factor 1e-300 .*frequency of (inf|nan)"),
     ],
 )
 def test_values_that_describe_no_rotation(
