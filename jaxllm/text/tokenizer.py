@@ -74,14 +74,6 @@ class Tokenizer:
         [encoding] = self.backend.encode_batch_fast(batch, add_special_tokens=add_special_tokens)
         return encoding.ids
 
-    def encode_batch(
-        self, texts: Sequence[str], add_special_tokens: bool = True
-    ) -> list[list[int]]:
-        """``encode`` of many texts, in parallel."""
-        checked = [_checked_text(text) for text in texts]
-        encodings = self.backend.encode_batch_fast(checked, add_special_tokens=add_special_tokens)
-        return [encoding.ids for encoding in encodings]
-
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids. Ids outside the vocabulary have none."""
         return self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
