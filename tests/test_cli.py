@@ -153,7 +153,9 @@ def test_sampling_flags_are_parsed() -> None:
 def test_few_prompts_take_a_small_engine(
     monkeypatch: pytest.MonkeyPatch, flags: list[str], expected: int | None
 ) -> None:
-    assert settings_of(monkeypatch, "generate", "m", *flags)[1].max_num_seqs == expected
+    options = settings_of(monkeypatch, "generate", "m", *flags)[1]
+    assert options.max_num_seqs == expected
+    assert options.compilation == ("background" if expected is None else "on_demand")
 
 
 def test_flags_win_over_the_file_and_it_over_the_environment(
@@ -444,6 +446,19 @@ def test_text_that_the_output_cannot_encode_is_replaced(
     out, err = child.communicate(timeout=60)
     assert (child.returncode, err) == (0, "")
     assert out.startswith("[1] caf?\n")
+
+
+def test_a_short_run_leaves_what_the_next_one_needs(
+    tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    """Its answers come from the first program, while the one for decoding is being compiled."""
+    child = process(
+        tiny_llama_folder, "--prompt", "a", "--prompt", "b", "--max-tokens", "2",
+        "--max-model-len", "64", "--cache-dir", tmp_path,
+    )  # fmt: skip
+    _, err = child.communicate(timeout=60)
+    assert (child.returncode, err) == (0, "")
+    assert len(list((tmp_path / "programs").iterdir())) == 3  # and that which allocates the state
 
 
 def test_a_broken_pipe_is_quiet(tiny_llama_folder: Path, tiny_flags: list[str]) -> None:
