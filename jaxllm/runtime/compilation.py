@@ -177,6 +177,7 @@ class Compiler:
         self._workers = _Workers(num_threads)
         self._forbid_late = forbid_late
         self._futures: dict[Hashable, Future[jax.stages.Compiled]] = {}
+        self._ready: dict[Hashable, jax.stages.Compiled] = {}  # each step asks: a look-up, no locks
         self._held: dict[Hashable, tuple[Any, ...]] = {}  # the arguments of _build
         self._tracing = threading.Lock()  # tracing holds the GIL: two at once are slower than one
         self._sealed = False
@@ -193,6 +194,7 @@ class Compiler:
     ) -> None:  # fmt: skip
         """Queues or holds a program. key: everything beside the source code and the machine that
         decides what it is. out_tree: the structure of its result."""
+        self._ready.pop(name, None)
         self._held[name] = (name, function, abstract_args, out_tree, donate, key)
         if not held:
             self._queue(name)
@@ -204,14 +206,16 @@ class Compiler:
 
     def get(self, name: Hashable) -> jax.stages.Compiled:
         """The program, waited for if need be. Raises what its compilation raised."""
+        program = self._ready.get(name)
+        if program is not None:
+            return program
         if name in self._held:
             self._queue(name)
         return self._futures[name].result()
 
     def is_ready(self, name: Hashable) -> bool:
         """Whether `get` would return at once."""
-        future = self._futures.get(name)
-        return bool(future and future.done() and not future.cancelled() and not future.exception())
+        return name in self._ready
 
     @property
     def num_programs(self) -> int:
@@ -221,10 +225,10 @@ class Compiler:
     @property
     def num_ready(self) -> int:
         """How many of them are ready."""
-        return sum(self.is_ready(name) for name in self._futures)
+        return len(self._ready)
 
     def _queue(self, name: Hashable) -> None:
-        self._futures[name] = self._workers.submit(partial(self._build, *self._held.pop(name)))
+        self._futures[name] = self._workers.submit(partial(self._make, *self._held.pop(name)))
 
     def wait(self) -> None:
         """Waits until every program is ready, then forbids late compilation if that was asked."""
@@ -248,6 +252,10 @@ class Compiler:
         if not self._closed:
             self._closed = True
             jax.monitoring.unregister_event_duration_listener(self._on_event)
+
+    def _make(self, name: Hashable, *arguments: Any) -> jax.stages.Compiled:
+        program = self._ready[name] = self._build(name, *arguments)
+        return program
 
     def _build(
         self, name: Hashable, function: Callable[..., Any], abstract_args: tuple[Any, ...],
