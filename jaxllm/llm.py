@@ -139,8 +139,7 @@ class LLM:
         tokenized = tokenize_prompt(prompt, self._running.tokenizer)
         params = self._params(sampling_params, RequestOutputKind.DELTA)
         request = self._request(tokenized, params, 0)
-        engine = self.engine
-        request.check(engine.vocab_size, engine.config.max_model_len, engine.eos_token_ids)
+        self.engine.check(request)
         return self._stream(request)
 
     def _stream(self, request: Request) -> Iterator[CompletionOutput]:

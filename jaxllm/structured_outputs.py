@@ -67,11 +67,10 @@ class StructuredOutputsParams:
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> StructuredOutputsParams:
         """From user input, such as a JSON object; an unknown name is a ValueError."""
-        known = FORMS
         for name in options:
-            if name not in known:
+            if name not in FORMS:
                 raise RequestError(
-                    f"structured_outputs has no {name!r:.80}; known: {', '.join(known)}"
+                    f"structured_outputs has no {name!r:.80}; known: {', '.join(FORMS)}"
                 )
         return cls(**options)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from jaxllm.async_engine import AsyncEngine
@@ -22,6 +22,7 @@ from jaxllm.text.reasoning import (
     get_reasoning_parser,
     opens_reasoning,
 )
+from jaxllm.text.tokenizer import Tokenizer
 from jaxllm.text.tool_calls import (
     PARSERS,
     ContentDelta,
@@ -66,16 +67,11 @@ class AnswerFormat:
     def sampling(self) -> dict[str, Any]:
         """SamplingParams that go with it."""
         options: dict[str, Any] = {}
-        if self.keeps_special_tokens:
+        if self.tool_calls is not None and needs_special_tokens(self.tool_calls):
             options["skip_special_tokens"] = False
         if self.structured is not None:
             options["structured_outputs"] = self.structured
         return options
-
-    @property
-    def keeps_special_tokens(self) -> bool:
-        """Whether answers must be decoded with them."""
-        return self.tool_calls is not None and needs_special_tokens(self.tool_calls)
 
 
 def check_parsers(options: ServerOptions) -> None:
@@ -98,12 +94,9 @@ def answer_format(
 ) -> AnswerFormat:
     """The server's parsers, or those that the model's chat template asks for. Raises ApiError if
     the tools cannot be used, or not in the form that is wanted."""
-    options = context.options
-    template = context.ready_engine().get_tokenizer().chat_template or ""
-    reasoning: str | None = options.reasoning_parser
-    if reasoning == "auto":
-        reasoning = choose_reasoning_parser(template)
-    reasoning = None if reasoning == "none" else reasoning
+    tokenizer, options = context.ready_engine().get_tokenizer(), context.options
+    template = tokenizer.chat_template or ""
+    reasoning = _parser(options.reasoning_parser, choose_reasoning_parser, template)
     if not tools and choice.mode in ("auto", "required"):
         raise ApiError(400, "tool_choice needs tools", param="tool_choice")
     structured = wanted.structured(after_reasoning=reasoning is not None)
@@ -117,25 +110,35 @@ def answer_format(
             f'tool_choice to "none"',
             param=structured.source,
         )
-    calls: str | None = options.tool_call_parser
-    calls = choose_parser(template) if calls == "auto" else calls
-    if calls is None or calls == "none":
+    calls = _parser(options.tool_call_parser, choose_parser, template)
+    if calls is None:
         raise ApiError(400, "tools are not supported with this model", param="tools")
-    if choice.mode != "required":
-        return AnswerFormat(reasoning, calls, checked, single_call)
-    callable_ = [t for t in checked if choice.name in (None, t["function"]["name"])]
-    if not callable_:
+    form = AnswerFormat(reasoning, calls, checked, single_call)
+    return _forced(form, choice, tokenizer) if choice.mode == "required" else form
+
+
+def _parser(option: str, choose: Callable[[str], str | None], template: str) -> str | None:
+    """A parser's name: the operator's, or the one that suits the chat template."""
+    name = choose(template) if option == "auto" else option
+    return None if name == "none" else name
+
+
+def _forced(form: AnswerFormat, choice: ToolChoice, tokenizer: Tokenizer) -> AnswerFormat:
+    """The format of answers that are calls and nothing else."""
+    assert form.tool_calls is not None
+    tools = [tool for tool in form.tools if choice.name in (None, tool["function"]["name"])]
+    if not tools:
         raise ApiError(400, f"tool_choice: no tool is {choice.name!r:.80}", param="tool_choice")
     grammar = forced_calls(
-        calls,
-        callable_,
-        context.ready_engine().get_tokenizer().special_token_texts(),
-        single_call=single_call or choice.name is not None,
+        form.tool_calls,
+        tools,
+        tokenizer.special_token_texts(),
+        single_call=form.single_call or choice.name is not None,
     )
     structured = StructuredOutputsParams(
-        grammar=grammar, after_reasoning=reasoning is not None, source="tools"
+        grammar=grammar, after_reasoning=form.reasoning is not None, source="tools"
     )
-    return AnswerFormat(reasoning, calls, checked, single_call, structured)
+    return replace(form, structured=structured)
 
 
 def _checked(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]]:

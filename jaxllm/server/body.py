@@ -22,6 +22,7 @@ TokenId = Annotated[int, Field(ge=0)]
 ListOf = Annotated[list[Element], Field(fail_fast=True)]
 # Of one or several prompts, each text or token ids. An empty one is refused where it is used.
 Texts = str | ListOf[str] | ListOf[TokenId] | ListOf[ListOf[TokenId]]
+OneText = str | list[int]
 QUICK_BYTES = 32 * 1024  # more is parsed on a thread: others' streams go on meanwhile
 MAX_COMMAS = 500_000  # a list of numbers takes many times its text in memory
 QUOTE = ord('"')
@@ -34,6 +35,13 @@ class StrictModel(BaseModel):
     """Unknown fields are errors, and "1" is no number."""
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+
+def one_by_one(texts: Texts) -> list[OneText]:
+    """One or several as a list."""
+    if isinstance(texts, str) or (texts and isinstance(texts[0], int)):
+        return [texts]
+    return list(texts)  # type: ignore[arg-type]
 
 
 class HasModel(StrictModel):

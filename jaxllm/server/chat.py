@@ -9,7 +9,7 @@ from aiohttp import web
 from pydantic import Field
 
 from jaxllm.outputs import CompletionOutput, RequestOutput
-from jaxllm.sampling_params import MAX_LOGPROBS, RequestOutputKind, SamplingParams
+from jaxllm.sampling_params import MAX_LOGPROBS, SamplingParams
 from jaxllm.server.answers import (
     AnswerEvent,
     AnswerFormat,
@@ -131,7 +131,7 @@ def _params(body: ChatRequest, context: ServerContext, form: AnswerFormat) -> Sa
         body,
         context,
         max_tokens=body.max_tokens if max_tokens is None else max_tokens,
-        output_kind=RequestOutputKind.DELTA if body.stream else RequestOutputKind.FINAL_ONLY,
+        stream=body.stream,
         **form.sampling,
         **other,
     )

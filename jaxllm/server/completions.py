@@ -10,19 +10,17 @@ from pydantic import Field
 
 from jaxllm.async_engine import AsyncEngine
 from jaxllm.outputs import CompletionOutput, RequestOutput
-from jaxllm.sampling_params import MAX_LOGPROBS, RequestOutputKind, SamplingParams
-from jaxllm.server.body import Texts, open_request
+from jaxllm.sampling_params import MAX_LOGPROBS, SamplingParams
+from jaxllm.server.body import OneText, Texts, one_by_one, open_request
 from jaxllm.server.context import RECORD, ServerContext
 from jaxllm.server.errors import ApiError
-from jaxllm.server.generation import Outputs, Start, run_all, run_request
+from jaxllm.server.generation import Outputs, Start, as_prompt, run_all, run_request
 from jaxllm.server.logprobs import CompletionLogprobs, prompt_logprobs_body
 from jaxllm.server.replies import Reply, StreamedFields
 from jaxllm.server.response_format import ResponseFormat, WantedForm
 from jaxllm.server.sampling import only, sampling_params
 
 DEFAULT_MAX_TOKENS = 16
-
-OnePrompt = str | list[int]
 
 
 class CompletionRequest(StreamedFields):
@@ -39,14 +37,6 @@ class CompletionRequest(StreamedFields):
     structured_outputs: dict[str, Any] | None = None
     metadata: dict[str, str] | None = Field(None, max_length=16)
 
-    def prompts(self) -> list[OnePrompt]:
-        """One or several, each text or token ids."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return list(self.prompt)  # type: ignore[arg-type]
-
     @property
     def only_prompt(self) -> bool:
         """echo with max_tokens 0: the prompt is scored and nothing is generated."""
@@ -61,7 +51,7 @@ def add_routes(app: web.Application) -> None:
 async def create_completion(request: web.Request) -> web.StreamResponse:
     """Continues one or several prompts, at once or as a stream."""
     context, body = await open_request(request, CompletionRequest)
-    prompts = body.prompts()
+    prompts = one_by_one(body.prompt)
     params = _params(body, context, len(prompts))
     context.check_room(params.n * len(prompts))
     record = request[RECORD]
@@ -89,7 +79,7 @@ def _params(body: CompletionRequest, context: ServerContext, num_prompts: int) -
         context,
         max_tokens=1 if body.only_prompt else body.max_tokens,
         default_max_tokens=DEFAULT_MAX_TOKENS,
-        output_kind=RequestOutputKind.DELTA if body.stream else RequestOutputKind.FINAL_ONLY,
+        stream=body.stream,
         num_prompts=num_prompts,
         **other,
     )
@@ -110,13 +100,14 @@ def _check_combinations(body: CompletionRequest, num_prompts: int) -> None:
         )
 
 
-def _starter(body: CompletionRequest, prompt: OnePrompt, params: SamplingParams) -> Start:
-    # a dict says which it is: an empty list is no list of messages
-    given = {"prompt" if isinstance(prompt, str) else "prompt_token_ids": prompt}
-
+def _starter(body: CompletionRequest, prompt: OneText, params: SamplingParams) -> Start:
     def start(engine: AsyncEngine, request_id: str) -> Outputs:
         return engine.generate(
-            given, params, request_id, priority=body.priority or 0, cache_salt=body.cache_salt
+            as_prompt(prompt),
+            params,
+            request_id,
+            priority=body.priority or 0,
+            cache_salt=body.cache_salt,
         )
 
     return start

@@ -14,14 +14,11 @@ from jaxllm.async_engine import AsyncEngine
 from jaxllm.engine.request import NO_SAMPLING
 from jaxllm.outputs import RequestOutput
 from jaxllm.pooling_params import PoolingParams
-from jaxllm.request_error import RequestError
-from jaxllm.server.body import HasModel, Texts, open_request
+from jaxllm.server.body import HasModel, OneText, Texts, one_by_one, open_request
 from jaxllm.server.context import RECORD, ServerContext
-from jaxllm.server.errors import RETRY_AFTER, ApiError, to_api_error
-from jaxllm.server.generation import Outputs, Start, run_all, run_request
+from jaxllm.server.errors import RETRY_AFTER, ApiError
+from jaxllm.server.generation import Outputs, Start, as_prompt, run_all, run_request
 from jaxllm.server.replies import json_reply
-
-OneInput = str | list[int]
 
 
 class EmbeddingRequest(HasModel):
@@ -38,17 +35,15 @@ class EmbeddingRequest(HasModel):
     timeout: float | None = Field(None, gt=0, lt=1e9, allow_inf_nan=False)
     user: str | None = Field(None, max_length=512)
 
-    def inputs(self) -> list[OneInput]:
+    def inputs(self) -> list[OneText]:
         """One or several, each text or token ids. Raises ApiError for none and for empty ones."""
-        inputs: Sequence[Any] = self.input
-        if isinstance(inputs, str) or (inputs and isinstance(inputs[0], int)):
-            inputs = [inputs]
+        inputs = one_by_one(self.input)
         if not inputs:
             raise ApiError(400, "input must not be empty", param="input")
         for number, one in enumerate(inputs):
             if not one:
                 raise ApiError(400, f"input {number} is empty", param="input")
-        return list(inputs)
+        return inputs
 
 
 def add_routes(app: web.Application) -> None:
@@ -81,19 +76,18 @@ def _params(body: EmbeddingRequest, context: ServerContext) -> PoolingParams:
     params = PoolingParams(
         pooling=body.pooling, normalize=body.normalize, dimensions=body.dimensions
     )
-    try:
-        params.check_size(context.ready_engine().running.model_config.hidden_size)
-    except RequestError as error:
-        raise to_api_error(error) from None
+    params.check_size(context.ready_engine().running.model_config.hidden_size)
     return params
 
 
-def _starter(body: EmbeddingRequest, one: OneInput, params: PoolingParams) -> Start:
-    given = {"prompt" if isinstance(one, str) else "prompt_token_ids": one}
-
+def _starter(body: EmbeddingRequest, one: OneText, params: PoolingParams) -> Start:
     def start(engine: AsyncEngine, request_id: str) -> Outputs:
         return engine.encode(
-            given, params, request_id, priority=body.priority or 0, cache_salt=body.cache_salt
+            as_prompt(one),
+            params,
+            request_id,
+            priority=body.priority or 0,
+            cache_salt=body.cache_salt,
         )
 
     return start

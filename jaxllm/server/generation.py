@@ -13,6 +13,7 @@ from jaxllm.async_engine import AsyncEngine
 from jaxllm.outputs import RequestOutput
 from jaxllm.request_error import RequestError
 from jaxllm.sampling_params import RequestOutputKind, SamplingParams
+from jaxllm.server.body import OneText
 from jaxllm.server.context import ServerContext, new_request_id
 from jaxllm.server.errors import RETRY_AFTER, ApiError, to_api_error
 from jaxllm.server.logs import RequestRecord
@@ -23,6 +24,11 @@ GRACE_SECONDS = 5.0  # for the engine to end a request whose deadline has passed
 Outputs = AsyncGenerator[RequestOutput, None]
 # Starts one request: AsyncEngine.generate or .chat with all but the id, which is the argument.
 Start = Callable[[AsyncEngine, str], Outputs]
+
+
+def as_prompt(text: OneText) -> dict[str, OneText]:
+    """For the engine. A dict says which it is: an empty list is no list of messages."""
+    return {"prompt" if isinstance(text, str) else "prompt_token_ids": text}
 
 
 @dataclass

@@ -14,7 +14,7 @@ from pydantic_core import from_json
 
 from jaxllm.outputs import CompletionOutput, RequestOutput
 from jaxllm.prompts import tokenize_chat
-from jaxllm.sampling_params import RequestOutputKind, SamplingParams
+from jaxllm.sampling_params import SamplingParams
 from jaxllm.server.answers import (
     AnswerEvent,
     AnswerFormat,
@@ -34,6 +34,7 @@ from jaxllm.server.messages_body import (
     template_messages,
     tool_choice,
 )
+from jaxllm.server.replies import json_reply
 from jaxllm.server.sampling import SamplingFields, sampling_params
 from jaxllm.server.sse import EventStream, event
 from jaxllm.text.reasoning import ReasoningDelta
@@ -79,7 +80,7 @@ async def create_message(request: web.Request) -> web.StreamResponse:
     if body.stream:
         return await _stream(request, outputs, reply)
     [output] = await run_all([outputs])
-    return web.json_response(reply.whole(output))
+    return await json_reply(lambda: reply.whole(output))
 
 
 async def count_tokens(request: web.Request) -> web.Response:
@@ -145,7 +146,7 @@ def _params(body: MessageRequest, context: ServerContext, form: AnswerFormat) ->
             fields,
             context,
             max_tokens=body.max_tokens,
-            output_kind=RequestOutputKind.DELTA if body.stream else RequestOutputKind.FINAL_ONLY,
+            stream=body.stream,
             **form.sampling,
         )
 

@@ -11,7 +11,7 @@ from typing import Any
 from aiohttp import web
 
 from jaxllm.outputs import CompletionOutput, RequestOutput
-from jaxllm.sampling_params import RequestOutputKind, SamplingParams
+from jaxllm.sampling_params import SamplingParams
 from jaxllm.server.answers import (
     AnswerEvent,
     AnswerFormat,
@@ -24,6 +24,7 @@ from jaxllm.server.context import CONTEXT, RECORD, REQUEST_ID, ServerContext
 from jaxllm.server.errors import ApiError
 from jaxllm.server.generation import Outputs, Usage, run_all, run_merged, run_request
 from jaxllm.server.logprobs import chat_logprobs
+from jaxllm.server.replies import json_reply
 from jaxllm.server.responses_body import FunctionChoice, ResponseRequest, chat_messages
 from jaxllm.server.responses_output import Event, OutputItems
 from jaxllm.server.sampling import sampling_params
@@ -60,8 +61,8 @@ async def create_response(request: web.Request) -> web.StreamResponse:
     if body.stream:
         return await _stream(request, outputs, reply)
     [output] = await run_all([outputs])
-    reply.take(output)
-    return web.json_response(await reply.finished())
+    # The last level is an entry of logprobs.
+    return await json_reply(lambda: reply.whole(output), levels=6)
 
 
 @contextlib.contextmanager
@@ -100,7 +101,7 @@ def _params(body: ResponseRequest, context: ServerContext, form: AnswerFormat) -
         body,
         context,
         max_tokens=body.max_output_tokens,
-        output_kind=RequestOutputKind.DELTA if body.stream else RequestOutputKind.FINAL_ONLY,
+        stream=body.stream,
         logprobs=body.num_logprobs,
         **form.sampling,
     )
@@ -180,13 +181,15 @@ class _Reply:
         self._num_events += 1
         return {"type": kind, "sequence_number": self._num_events - 1, **fields}
 
-    async def finished(self) -> dict[str, Any]:
-        """The whole response."""
-        return self._response(usage=await self._usage_body())
+    def whole(self, output: RequestOutput) -> dict[str, Any]:
+        """The response that is not streamed."""
+        self.take(output)
+        return self._response(usage=self._usage_body())
 
-    async def last_event(self) -> dict[str, Any]:
+    def last_event(self) -> str:
         """The stream's last, with the whole response."""
-        return self._event(f"response.{self._status()}", {"response": await self.finished()})
+        response = self._response(usage=self._usage_body())
+        return _sse(self._event(f"response.{self._status()}", {"response": response}))
 
     def failure(self, error: ApiError) -> str:
         """How a stream ends that fails: with what there is of the response."""
@@ -221,7 +224,7 @@ class _Reply:
             **changes,
         }
 
-    async def _usage_body(self) -> dict[str, Any]:
+    def _usage_body(self) -> dict[str, Any]:
         """As OpenAI sends it."""
         usage = self._usage
         return {
@@ -231,7 +234,7 @@ class _Reply:
                 "cache_write_tokens": self._num_cache_writes(),
             },
             "output_tokens": usage.completion_tokens,
-            "output_tokens_details": {"reasoning_tokens": await self._num_reasoning_tokens()},
+            "output_tokens_details": {"reasoning_tokens": self._num_reasoning_tokens()},
             "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         }
 
@@ -243,15 +246,13 @@ class _Reply:
         num_tokens = self._usage.prompt_tokens // config.block_size * config.block_size
         return max(num_tokens - self._usage.cached_tokens, 0)
 
-    async def _num_reasoning_tokens(self) -> int:
+    def _num_reasoning_tokens(self) -> int:
         """Counted by tokenizing the reasoning again, without its tags: an output may have tokens
         of reasoning and of the answer, and does not tell them apart."""
         if not self._reasoning:
             return 0
         encode = self._engine.get_tokenizer().encode
-        token_ids = await asyncio.to_thread(
-            encode, "".join(self._reasoning), add_special_tokens=False
-        )
+        token_ids = encode("".join(self._reasoning), add_special_tokens=False)
         return min(len(token_ids), self._usage.completion_tokens)
 
 
@@ -304,5 +305,5 @@ async def _stream(request: web.Request, outputs: Outputs, reply: _Reply) -> web.
             events = reply.take(output)
             if events:
                 await stream.send("".join(map(_sse, events)))
-        await stream.send(_sse(await reply.last_event()))
+        await stream.send(await asyncio.to_thread(reply.last_event))  # it may tokenize
     return stream.response

@@ -80,23 +80,23 @@ def sampling_params(
     context: ServerContext,
     *,
     max_tokens: int | None,
-    output_kind: RequestOutputKind,
+    stream: bool | None,
     default_max_tokens: int | None = None,
     num_prompts: int = 1,
     **other: Any,
 ) -> SamplingParams:
-    """Defaults of the model's makers, then the request's values. max_tokens: as the request says.
-    default_max_tokens: if nobody says; None for what is left of the context. other: further
-    SamplingParams, such as logprobs. Raises ApiError, naming the field."""
+    """Defaults of the model's makers, then the request's values. max_tokens, stream: as the
+    request says. default_max_tokens: if nobody says; None for what is left of the context. other:
+    further SamplingParams, such as logprobs. Raises ApiError, naming the field."""
     engine = context.ready_engine()
     given = fields.model_dump(include=set(SamplingFields.model_fields), exclude_none=True)
     _check_limits(given, context.options)
     values = {"max_tokens": default_max_tokens, **engine.running.default_sampling, **given, **other}
     if max_tokens is not None:
         values["max_tokens"] = max_tokens
-    values["output_kind"] = output_kind
+    kind = RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY
     try:
-        params = SamplingParams(**values)
+        params = SamplingParams(**values, output_kind=kind)
     except RequestError as error:
         raise to_api_error(error) from None
     _check_size(params, engine.running.engine.config.max_model_len, num_prompts, context.options)

@@ -55,7 +55,7 @@ class Constraint:
     def _next(self) -> np.ndarray:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()
-        allowed = np.unpackbits(bits, count=self._vocab_size, bitorder="little").astype(bool)
+        allowed = np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(bool)
         if not allowed.any():
             raise FormError(self._source, "no token of this model continues the answer")
         return allowed

@@ -20,10 +20,9 @@ def grammar_of(params: StructuredOutputsParams) -> str:
     """In the form that llguidance reads."""
     from llguidance import LLMatcher
 
-    if params.json is not None:
-        return LLMatcher.grammar_from_json_schema(params.json, overrides=JSON_OPTIONS)  # type: ignore[arg-type]
-    if params.json_object:
-        return LLMatcher.grammar_from_json_schema({"type": "object"}, overrides=JSON_OPTIONS)  # type: ignore[arg-type]
+    schema: Any = {"type": "object"} if params.json_object else params.json
+    if schema is not None:
+        return LLMatcher.grammar_from_json_schema(schema, overrides=JSON_OPTIONS)  # type: ignore[arg-type]
     if params.regex is not None:
         return LLMatcher.grammar_from_regex(params.regex)
     if params.choice is not None:

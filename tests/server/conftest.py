@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scripted_chat import ScriptedChat
 from server_on_a_thread import RunningServer, running_server
 
 from jaxllm import AsyncEngine
@@ -25,6 +26,14 @@ def server(make_engine: Callable[[], AsyncEngine]) -> Iterator[RunningServer]:
         running.wait_started()
         yield running
         running.wait_idle()
+
+
+@pytest.fixture
+def script(tool_server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> ScriptedChat:
+    """In place of the model of the test file's own `tool_server`."""
+    script = ScriptedChat()
+    monkeypatch.setattr(tool_server.engine, "chat", script.chat)
+    return script
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,10 @@ from typing import Any
 
 from jaxllm import CompletionOutput, RequestOutput, RequestOutputKind
 
+CALL = '<tool_call>\n{"name": "weather", "arguments": %s}\n</tool_call>'
+OSLO, ROME = CALL % '{"city": "Oslo"}', CALL % '{"city": "Rome"}'
+TEXT = f"<think>\nWhich city?\n</think>\n\nLet me look.\n{OSLO}\n{ROME}"
+
 
 @dataclass
 class ScriptedChat:
@@ -16,7 +20,7 @@ class ScriptedChat:
     delay: seconds before the first. raises_after: outputs before it raises. seen: the last call's
     arguments."""
 
-    text: str
+    text: str = TEXT
     finish_reason: str = "stop"
     prompt: str = "the prompt"
     delay: float = 0

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import openai
 import pytest
+from scripted_chat import ScriptedChat
 from server_on_a_thread import RunningServer, running_server
 
-from jaxllm import AsyncEngine, CompletionOutput, RequestOutput, RequestOutputKind
+from jaxllm import AsyncEngine
 
 TOOLS: Any = [
     {
@@ -23,28 +23,7 @@ TOOLS: Any = [
         },
     }
 ]
-CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "%s"}}\n</tool_call>'
-TEXT = f"<think>\nWhich city?\n</think>\n\nLet me look.\n{CALL % 'Oslo'}\n{CALL % 'Rome'}"
 MESSAGES: Any = [{"role": "user", "content": "How is the weather?"}]
-
-
-@dataclass
-class Script:
-    """Takes the place of AsyncEngine.chat. seen: the last call's arguments."""
-
-    text: str = TEXT
-    seen: dict[str, Any] = field(default_factory=dict)
-
-    async def chat(
-        self, messages: Any, params: Any, request_id: str, **options: Any
-    ) -> AsyncIterator[RequestOutput]:
-        self.seen = {"messages": messages, **options}
-        is_stream = params.output_kind is RequestOutputKind.DELTA
-        pieces = [self.text[i : i + 3] for i in range(0, len(self.text), 3)]
-        for i, piece in enumerate(pieces if is_stream else [self.text], 1):
-            last = not is_stream or i == len(pieces)
-            answer = CompletionOutput(0, piece, [7], finish_reason="stop" if last else None)
-            yield RequestOutput(request_id, "the prompt", [1, 2], [answer], last)
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +31,6 @@ def tool_server(make_engine: Callable[[], AsyncEngine]) -> Iterator[RunningServe
     with running_server(make_engine, tool_call_parser="hermes", reasoning_parser="think") as one:
         one.wait_started()
         yield one
-
-
-@pytest.fixture
-def script(tool_server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> Script:
-    script = Script()
-    monkeypatch.setattr(tool_server.engine, "chat", script.chat)
-    return script
 
 
 @pytest.fixture
@@ -71,7 +43,9 @@ def ask(client: openai.OpenAI, **options: Any) -> Any:
     return client.chat.completions.create(model="tiny", **options)
 
 
-def test_reasoning_content_and_calls_are_told_apart(client: openai.OpenAI, script: Script) -> None:
+def test_reasoning_content_and_calls_are_told_apart(
+    client: openai.OpenAI, script: ScriptedChat
+) -> None:
     [choice] = ask(client).choices
     assert choice.finish_reason == "tool_calls"
     assert choice.message.reasoning == "Which city?"
@@ -83,7 +57,7 @@ def test_reasoning_content_and_calls_are_told_apart(client: openai.OpenAI, scrip
     assert script.seen["tools"][0]["function"]["name"] == "weather"
 
 
-def test_a_stream_adds_up_to_the_same(client: openai.OpenAI, script: Script) -> None:
+def test_a_stream_adds_up_to_the_same(client: openai.OpenAI, script: ScriptedChat) -> None:
     reasoning, content, calls, reasons = "", "", {}, []
     for chunk in ask(client, stream=True):
         [choice] = chunk.choices
@@ -105,7 +79,7 @@ def test_a_stream_adds_up_to_the_same(client: openai.OpenAI, script: Script) -> 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_without_parallel_calls_only_the_first_counts(
-    client: openai.OpenAI, script: Script, stream: bool
+    client: openai.OpenAI, script: ScriptedChat, stream: bool
 ) -> None:
     reply = ask(client, parallel_tool_calls=False, stream=stream)
     parts = [c.choices[0].delta for c in reply] if stream else [reply.choices[0].message]
@@ -114,7 +88,7 @@ def test_without_parallel_calls_only_the_first_counts(
     assert "Rome" not in "".join(call.function.arguments for call in calls)
 
 
-def test_with_choice_none_there_are_no_tools(client: openai.OpenAI, script: Script) -> None:
+def test_with_choice_none_there_are_no_tools(client: openai.OpenAI, script: ScriptedChat) -> None:
     [choice] = ask(client, tool_choice="none").choices
     assert choice.message.tool_calls is None
     assert "<tool_call>" in choice.message.content
@@ -123,7 +97,7 @@ def test_with_choice_none_there_are_no_tools(client: openai.OpenAI, script: Scri
 
 
 def test_results_of_calls_go_back_as_templates_read_them(
-    client: openai.OpenAI, script: Script
+    client: openai.OpenAI, script: ScriptedChat
 ) -> None:
     first = ask(client).choices[0].message
     result = {"role": "tool", "tool_call_id": first.tool_calls[0].id, "content": "rain"}
@@ -152,14 +126,16 @@ def test_results_of_calls_go_back_as_templates_read_them(
     ],
 )
 def test_bad_tools_are_named(
-    client: openai.OpenAI, script: Script, options: Any, param: str
+    client: openai.OpenAI, script: ScriptedChat, options: Any, param: str
 ) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         ask(client, **options)
     assert refused.value.param == param
 
 
-def test_arguments_that_are_no_object_are_named(client: openai.OpenAI, script: Script) -> None:
+def test_arguments_that_are_no_object_are_named(
+    client: openai.OpenAI, script: ScriptedChat
+) -> None:
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "[1]"}}
     with pytest.raises(openai.BadRequestError) as refused:
         ask(client, messages=[*MESSAGES, {"role": "assistant", "tool_calls": [call]}])

@@ -10,7 +10,7 @@ import anthropic
 import httpx2 as httpx
 import openai
 import pytest
-from scripted_chat import ScriptedChat
+from scripted_chat import CALL, TEXT, ScriptedChat
 from server_on_a_thread import RunningServer, running_server
 
 from jaxllm import AsyncEngine, RequestOutput, SamplingParams
@@ -27,9 +27,6 @@ TOOLS: Any = [
         "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}},
     }
 ]
-CALL = '<tool_call>\n{"name": "weather", "arguments": %s}\n</tool_call>'
-OSLO, ROME = CALL % '{"city": "Oslo"}', CALL % '{"city": "Rome"}'
-TEXT = f"<think>\nWhich city?\n</think>\n\nLet me look.\n{OSLO}\n{ROME}"
 
 
 @pytest.fixture(scope="module")
@@ -225,13 +222,6 @@ def tool_server(make_engine: Callable[[], AsyncEngine]) -> Iterator[RunningServe
         one.wait_started()
         yield one
         one.wait_idle()
-
-
-@pytest.fixture
-def script(tool_server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> ScriptedChat:
-    script = ScriptedChat(TEXT)
-    monkeypatch.setattr(tool_server.engine, "chat", script.chat)
-    return script
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 import requests
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
-from scripted_chat import ScriptedChat
+from scripted_chat import TEXT, ScriptedChat
 from server_on_a_thread import RunningServer, running_server
 
 from jaxllm import AsyncEngine
@@ -28,8 +28,6 @@ TOOLS: Any = [
         "strict": False,
     }
 ]
-CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "%s"}}\n</tool_call>'
-TEXT = f"<think>\nWhich city?\n</think>\n\nLet me look.\n{CALL % 'Oslo'}\n{CALL % 'Rome'}"
 EVENTS: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 VARYING = ("id", "created_at", "completed_at", "call_id")
 
@@ -328,13 +326,6 @@ def tool_server(make_engine: Callable[[], AsyncEngine]) -> Iterator[RunningServe
     with running_server(make_engine, keep_alive_seconds=0.1, **options) as one:
         one.wait_started()
         yield one
-
-
-@pytest.fixture
-def script(tool_server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> ScriptedChat:
-    script = ScriptedChat(TEXT)
-    monkeypatch.setattr(tool_server.engine, "chat", script.chat)
-    return script
 
 
 @pytest.fixture
