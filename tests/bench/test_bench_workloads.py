@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +126,8 @@ def test_arrivals_end_at_count_over_rate() -> None:
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=".") as error:
+    with pytest.raises(ValueError, match=re.escape(message)):
         WorkloadOptions(**options)
-    assert message in str(error.value)
 
 
 # ---- files
@@ -173,10 +173,9 @@ def test_sharegpt_takes_first_exchanges_of_a_fit_length(tmp_path: Path) -> None:
 def test_bad_sharegpt_files(tmp_path: Path, content: str, message: str) -> None:
     file = tmp_path / "bad.json"
     file.write_text(content)
-    with pytest.raises(ValueError, match=".") as error:
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
         make(dataset_name="sharegpt", dataset_path=str(file))
     assert str(error.value).startswith(f"{file}: ")
-    assert message in str(error.value)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -240,7 +239,6 @@ def test_a_trace_has_its_times_and_lengths(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_bad_traces(tmp_path: Path, lines: list[Any], message: str) -> None:
     file = trace(tmp_path, *lines)
-    with pytest.raises(ValueError, match=".") as error:
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
         make(dataset_name="trace", dataset_path=str(file))
     assert str(error.value).startswith(f"{file}: ")
-    assert message in str(error.value)
