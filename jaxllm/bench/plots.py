@@ -110,6 +110,7 @@ def _curve(axes: Axes, results: Sequence[Mapping[str, Any]], keys: Sequence[str]
         if result.get("is_knee"):
             (ring,) = axes.plot(*position, "o", color="red", label="knee")
             ring.set(markersize=14, fillstyle="none")
+    axes.margins(x=0.15)  # room for the last point's name
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -83,9 +83,10 @@ def serve_table(result: Mapping[str, Any]) -> str:
         if result[key] is not None or key not in optional
     ]
     rows += [
-        (key.removesuffix("_ms").replace("_", " ").upper() + " (ms)", show(value))
+        (f"{kind.capitalize()} {metric.upper()} (ms)", show(value))
         for key, value in result.items()
         if key.endswith("_ms")
+        for kind, metric, _ in [key.split("_")]
     ]
     text = lines([*rows, *_shares(result)])
     reasons = list(dict.fromkeys(error for error in result["errors"] if error))

@@ -244,9 +244,12 @@ def _writable(path: str | None) -> Path | None:
     if path is None:
         return None
     file = Path(path).expanduser()
+    is_new = not file.exists()
     try:
         with open(file, "a"):
             pass
+        if is_new:
+            file.unlink()  # should the run fail, nothing is left behind
     except OSError as error:
         raise UsageError(f"--save-result {path}: cannot be written: {error.strerror}") from error
     return file

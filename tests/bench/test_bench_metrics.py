@@ -8,6 +8,7 @@ import pytest
 
 from jaxllm.bench.metrics import Record, active_seconds, num_good, peaks, summarize
 from jaxllm.bench.sweep import knee
+from jaxllm.bench.timeline import Timeline, read_metrics
 
 # sent at 0: tokens at 0.2, 0.3, 0.5; sent at 1: tokens at 1.4, 1.5, 1.6, 1.7, 1.8
 FIRST = Record(0.0, 0.2, [0.1, 0.2], 0.5, prompt_len=10, output_len=3)
@@ -116,3 +117,51 @@ def test_the_knee_is_the_point_farthest_below_the_chord() -> None:
 )
 def test_a_curve_without_a_knee_has_none(throughputs: list[float], latencies: list[float]) -> None:
     assert knee(throughputs, latencies) is None
+
+
+# ---- the server's own figures
+
+
+def exposition(running: int, computed: int, padded: int, busy: float) -> str:
+    return f"""\
+# TYPE jaxllm:num_requests_running gauge
+jaxllm:num_requests_running{{model_name="a"}} {running}
+jaxllm:num_requests_running{{model_name="b"}} 1
+# TYPE jaxllm:kv_cache_usage_perc gauge
+jaxllm:kv_cache_usage_perc{{model_name="a"}} 0.5
+jaxllm:kv_cache_usage_perc{{model_name="b"}} 0.1
+# TYPE jaxllm:computed_tokens counter
+jaxllm:computed_tokens_total {computed}
+# TYPE jaxllm:padded_tokens counter
+jaxllm:padded_tokens_total {padded}
+# TYPE jaxllm:step_seconds histogram
+jaxllm:step_seconds_bucket{{le="+Inf"}} 9
+jaxllm:step_seconds_count 9
+jaxllm:step_seconds_sum {busy}
+# TYPE process_cpu_seconds counter
+process_cpu_seconds_total 5
+"""
+
+
+def test_metrics_are_read_without_prefix_and_over_all_engines() -> None:
+    assert read_metrics(exposition(2, 10, 20, 0.5)) == {
+        "num_requests_running": 3,
+        "kv_cache_usage_perc": pytest.approx(0.3),
+        "computed_tokens_total": 10,
+        "padded_tokens_total": 20,
+        "step_seconds_count": 9,
+        "step_seconds_sum": 0.5,
+    }
+
+
+def test_shares_are_of_what_was_added_during_the_run() -> None:
+    timeline = Timeline(
+        first=read_metrics(exposition(0, 1000, 5000, 100.0)),
+        last=read_metrics(exposition(0, 1300, 5400, 103.0)),
+    )
+    assert timeline.padding_share() == pytest.approx(0.25)  # 300 of 400 were asked for
+    assert timeline.idle_share(4.0) == pytest.approx(0.25)  # 3 s of 4 s had a step
+    assert timeline.idle_share(2.0) == 0
+    assert timeline.idle_share(0.0) is None
+    assert Timeline(first={}, last={}).padding_share() is None
+    assert Timeline().idle_share(1.0) is None

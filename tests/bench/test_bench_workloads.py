@@ -18,6 +18,7 @@ from jaxllm.bench.workloads import (
     gamma_gaps,
     make_workload,
 )
+from jaxllm.config import ModelError
 
 IDS = of_size(1000)
 
@@ -66,6 +67,21 @@ def test_with_a_tokenizer_prompts_are_its_tokens_and_none_is_special(
     as_text = of_tokenizer(tokenizer, as_text=True)
     for text in prompts(make(as_text, num_prompts=20, random_input_len=30)):
         assert 0 < len(tokenizer.encode(text)) <= 32  # a cut character may take more
+
+
+def test_tokenizers_are_found_by_every_kind_of_name(
+    smollm2_path: Path, tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    assert load_tokenizer(str(smollm2_path)).vocab_size == 49152
+    assert load_tokenizer("smollm2-135m-instruct").vocab_size == 49152
+    file = tmp_path / "tokenizer.json"  # a folder needs no weights
+    file.write_bytes((tiny_llama_folder / file.name).read_bytes())
+    assert (
+        load_tokenizer(str(tmp_path)).vocab_size
+        == load_tokenizer(str(tiny_llama_folder)).vocab_size
+    )
+    with pytest.raises(ModelError, match="no model 'nosuch'"):
+        load_tokenizer("nosuch")
 
 
 def test_prefix_repetition_shares_its_prefixes_evenly() -> None:
