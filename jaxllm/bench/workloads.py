@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -94,7 +93,9 @@ def make_workload(options: WorkloadOptions, vocabulary: Vocabulary) -> list[Conv
     return make(options, vocabulary, rng)
 
 
-def single(prompt: Prompt, prompt_len: int, output_len: int, at: float | None = None) -> Any:
+def single(
+    prompt: Prompt, prompt_len: int, output_len: int, at: float | None = None
+) -> Conversation:
     """A conversation of one turn."""
     return Conversation((Turn(prompt, prompt_len, output_len),), at)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import socket
 import sys
@@ -24,7 +23,7 @@ KEYS = {
       for metric in ("ttft", "tpot", "itl", "e2el")),
 }  # fmt: skip
 SHORT = ("--num-prompts", 4, "--random-input-len", 8, "--random-output-len", 5, "--vocab-size", 99)
-LATE = 0.09  # what a busy machine may add to a delay, in seconds; each test takes medians
+LATE = 0.25  # what a busy machine may add to a median delay, in seconds
 
 
 @pytest.fixture
@@ -105,11 +104,11 @@ def test_a_server_without_tokenize_gets_words(
 
 
 def test_concurrency_is_bounded(serve: Callable[..., dict[str, Any]], fake: FakeServer) -> None:
-    fake.first, fake.gap = 0.05, 0.0
-    result = serve(*SHORT, "--max-concurrency", 2)
+    fake.first, fake.gap = 0.3, 0.0
+    result = serve(*SHORT, "--num-prompts", 10, "--max-concurrency", 2)
     assert fake.most_live == 2
     assert result["max_concurrency"] == 2
-    assert result["median_ttft_ms"] < 50 + 1e3 * LATE  # waiting for a place is no part of it
+    assert result["median_ttft_ms"] < 300 + 1e3 * LATE  # not 900: waiting is no part of it
 
 
 def test_a_rate_spreads_the_requests(
@@ -118,8 +117,8 @@ def test_a_rate_spreads_the_requests(
     fake.first = fake.gap = 0.0
     result = serve(*SHORT, "--num-prompts", 20, "--request-rate", 20, "--burstiness", 100)
     starts = result["start_times"]
-    gaps = [b - a for a, b in itertools.pairwise(starts)]
-    assert sorted(gaps)[len(gaps) // 2] == pytest.approx(0.05, abs=0.02)
+    assert starts == sorted(starts)
+    assert (starts[-1] - starts[0]) / 19 == pytest.approx(0.05, rel=0.3)
     assert 1.0 <= result["duration"] < 3
 
 
