@@ -86,8 +86,9 @@ async def _bench_points(
             work = make_workload(replace(workload, seed=workload.seed + number), vocabulary)
             if work[0].at is not None and not math.isinf(options.request_rate):
                 raise ValueError("--request-rate has no place with a trace, which has timestamps")
-            if number == 0:
-                await _warm_up(session, target, work[0])
+            if number == 0:  # another prompt than those that count: they would be in the cache
+                other = replace(workload, num_prompts=1, seed=workload.seed + len(points))
+                await _warm_up(session, target, make_workload(other, vocabulary)[0])
             records, duration, timeline = await _run(session, target, work, options)
             results.append(_result(target, options, records, duration, timeline))
     return results
@@ -106,7 +107,7 @@ async def _vocabulary(
 async def _warm_up(
     session: aiohttp.ClientSession, target: Target, conversation: Conversation
 ) -> None:
-    """The first request once more, whose times do not count. Raises ValueError if it fails."""
+    """One request whose times do not count. Raises ValueError if it fails."""
     turn = conversation.turns[0]
     dialogue = Dialogue(target.is_chat)
     dialogue.ask(turn.prompt)

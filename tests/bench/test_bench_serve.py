@@ -292,6 +292,7 @@ def test_sweep_has_a_run_for_each_point_and_pictures(
     assert results[0]["duration"] > results[1]["duration"] > results[2]["duration"]
     prompts = [tuple(body["prompt"]) for body in fake.bodies[1:]]
     assert len(set(prompts)) == 12  # those of one run are not those of another
+    assert tuple(fake.bodies[0]["prompt"]) not in prompts  # nor is the test request's
     names = {"curve.png", "curve.svg"}
     assert {file.name for file in folder.iterdir()} == names
     assert all(is_picture(folder / name) for name in names)
