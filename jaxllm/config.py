@@ -159,6 +159,7 @@ class EngineConfig:
     max_num_seqs: most sequences in one step, and the number of slots.
     max_num_batched_tokens: token budget of one step.
     policy: "fcfs" or "priority" (a smaller priority runs earlier, ties by arrival).
+    overlap: schedule and dispatch a step while the one before it runs.
     """
 
     num_blocks: int
@@ -169,6 +170,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     policy: str = "fcfs"
     seed: int = 0
+    overlap: bool = True
 
     def __post_init__(self) -> None:
         for name in (

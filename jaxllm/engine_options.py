@@ -15,6 +15,7 @@ class EngineOptions:
     max_num_seqs: most sequences of a step; None: 64 on CPU, else 256.
     max_num_batched_tokens: token budget of a step; None: 512 on CPU, else 2048.
     kv_cache_memory_bytes: size of the block pool; None: what memory allows (see runtime/memory.py).
+    overlap: schedule and dispatch a step while the one before it runs.
     compilation: "background" (start with the first few buckets; the others follow after the first
         step), "ahead" (start when all are compiled) or "on_demand" (only what is used).
     forbid_compile: compile all ahead; from then on a compilation during a step is an error.
@@ -38,6 +39,7 @@ class EngineOptions:
     scheduling_policy: str = "fcfs"
     max_num_waiting: int | None = None
     seed: int = 0
+    overlap: bool = True
     compilation: str = "background"
     forbid_compile: bool = False
     attention: str | None = None
@@ -54,7 +56,7 @@ class EngineOptions:
             if not is_right:
                 raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
 
-        for name in ("enable_prefix_caching", "forbid_compile", "program_cache"):
+        for name in ("enable_prefix_caching", "overlap", "forbid_compile", "program_cache"):
             check(name, isinstance(getattr(self, name), bool), "True or False")
         for name in ("revision", "attention"):
             check(name, isinstance(getattr(self, name), str | None), "a string or None")

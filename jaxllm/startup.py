@@ -220,6 +220,7 @@ def _engine_config(model: Model, options: EngineOptions, device: jax.Device) -> 
         and not _keys_vary(model, max_model_len),
         policy=options.scheduling_policy,
         seed=options.seed,
+        overlap=options.overlap,
     )
 
 

@@ -54,6 +54,7 @@ ENGINE_HELP = {
     "scheduling_policy": "fcfs, or priority (a smaller priority runs earlier)",
     "max_num_waiting": "most sequences that wait in the engine's queue",
     "seed": "of what is drawn for requests without a seed",
+    "overlap": "prepare a step while the one before it runs",
     "forbid_compile": "a compilation after warm-up is an error",
     "compilation": "background, ahead (before the start) or on_demand",
     "attention": "implementation of attention; default: the platform's best",

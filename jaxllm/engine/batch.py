@@ -10,14 +10,12 @@ import numpy as np
 
 from jaxllm.engine.sequence import Batch, Sequence
 
-ON_DEVICE = -1  # as a token id: the token that the slot's previous step sampled
-
 # What a step reads of each sequence. Floats travel bit-cast.
 INT_FIELDS = (
     "seq_lens",  # tokens including those of this step
     "slots",  # row of the device state; num_slots in padding rows
     "prompt_lens",
-    "samples",  # 1: the step computes the last known token and yields the next
+    "samples",  # tokens that it may yield; 0 where the step does not compute its last token
     "next_token_ids",  # the known token after this step's last, for its prompt log-probability
     "output_lens",  # tokens generated so far
     "seed_low",
@@ -124,7 +122,6 @@ class BatchPacker:
         # the same slot: its blocks are others.
         self._owner = [(-1, 0)] * rows  # (sequence_id, num_preemptions)
         self._num_blocks = [0] * rows
-        self._sampled_at = [-1] * rows  # position of the token that the slot's device row holds
 
     def new_table_rows(self, batch: Batch) -> list[Sequence]:
         """Takes in the sequences that are new in their slots; returns those whose row of the
@@ -133,8 +130,11 @@ class BatchPacker:
         needing = []
         for scheduled in batch.sequences:
             sequence = scheduled.sequence
+            # A row is made of the tokens that the host knows, so it must know all.
+            assert sequence.constraint is None or not sequence.num_pending
             is_new = self._owner[sequence.slot] != (sequence.sequence_id, sequence.num_preemptions)
             if is_new:
+                assert not sequence.num_pending
                 self._take_slot(sequence)
             changes = sequence.constraint is not None and scheduled.samples
             if changes or (is_new and self._fields["uses_table"][sequence.slot]):
@@ -145,7 +145,6 @@ class BatchPacker:
         slot, params = sequence.slot, sequence.params
         self._owner[slot] = (sequence.sequence_id, sequence.num_preemptions)
         self._num_blocks[slot] = 0
-        self._sampled_at[slot] = -1
         fields = self._fields
         fields["prompt_lens"][slot] = sequence.num_prompt_tokens
         fields["seed_low"][slot] = _as_int32(sequence.seed)
@@ -166,10 +165,8 @@ class BatchPacker:
         token_ids: list[int] = []
         for scheduled in batch.sequences:
             sequence, start, num_tokens = scheduled.sequence, scheduled.start, scheduled.num_tokens
-            if num_tokens == 1 and self._sampled_at[sequence.slot] == start:
-                token_ids.append(ON_DEVICE)
-            else:
-                token_ids += sequence.token_ids[start : start + num_tokens]
+            # a pending one is ON_DEVICE, which is what the step understands
+            token_ids += sequence.token_ids[start : start + num_tokens]
             self._grow_block_table(sequence)
         slots = self._write_progress(batch)
 
@@ -197,8 +194,6 @@ class BatchPacker:
             ends.append(end)
             output_lens.append(end - sequence.num_prompt_tokens)
             next_token_ids.append(0 if scheduled.samples else sequence.token_ids[end])
-            if scheduled.samples:
-                self._sampled_at[sequence.slot] = end
         fields = self._fields
         fields["seq_lens"][slots] = ends
         fields["samples"][slots] = [s.samples for s in batch.sequences]

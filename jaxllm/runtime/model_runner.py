@@ -66,7 +66,7 @@ class DeviceStep:
         """Waits for the tokens and fetches what the batch's sequences asked for."""
         num_seqs = len(self.batch.sequences)
         params = [s.sequence.params for s in self.batch.sequences]
-        tokens = np.asarray(self.outputs.tokens)[:num_seqs]
+        tokens = np.atleast_2d(np.asarray(self.outputs.tokens))[:, :num_seqs]
         logprobs = prompt_logprobs = None
         if any(p.logprobs is not None for p in params):
             logprobs = _fetch(self.outputs.logprobs, num_seqs)

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.config import ModelConfig
-from jaxllm.engine.batch import FLOAT_FIELDS, ON_DEVICE, ROW_FIELDS, PackedLayout
-from jaxllm.engine.sequence import NOT_FINITE
+from jaxllm.engine.batch import FLOAT_FIELDS, ROW_FIELDS, PackedLayout
+from jaxllm.engine.sequence import NOT_FINITE, ON_DEVICE
 from jaxllm.models.decoder import Model, Parameters
 from jaxllm.runtime import sampler
 from jaxllm.runtime.pooling import pool_hidden
