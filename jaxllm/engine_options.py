@@ -16,6 +16,8 @@ class EngineOptions:
     max_num_batched_tokens: token budget of a step; None: 512 on CPU, else 2048.
     kv_cache_memory_bytes: size of the block pool; None: what memory allows (see runtime/memory.py).
     overlap: schedule and dispatch a step while the one before it runs.
+    max_steps_per_dispatch: most tokens of each sequence that the device decodes at a time, while
+        nothing waits; None: 1 on CPU, else 4.
     compilation: "background" (start with the first few buckets; the others follow after the first
         step), "ahead" (start when all are compiled) or "on_demand" (only what is used).
     forbid_compile: compile all ahead; from then on a compilation during a step is an error.
@@ -40,6 +42,7 @@ class EngineOptions:
     max_num_waiting: int | None = None
     seed: int = 0
     overlap: bool = True
+    max_steps_per_dispatch: int | None = None
     compilation: str = "background"
     forbid_compile: bool = False
     attention: str | None = None
@@ -77,7 +80,7 @@ class EngineOptions:
                 )
         for name in (
             "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size",
-            "kv_cache_memory_bytes", "max_num_waiting",
+            "kv_cache_memory_bytes", "max_num_waiting", "max_steps_per_dispatch",
         ):  # fmt: skip
             value = getattr(self, name)
             is_count = isinstance(value, int) and not isinstance(value, bool) and value > 0

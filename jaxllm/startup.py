@@ -156,6 +156,7 @@ def start_engine(model_name: str, options: EngineOptions) -> RunningEngine:
         eos_token_ids=eos_token_ids,
         max_num_waiting=options.max_num_waiting,
         round_budget=TokenRounding(runner.buckets),
+        max_steps=runner.max_steps,
     )
     plan = _memory_plan(model, config, runner)
     logger.info("%s on %s: memory %s", model_name, device.device_kind, plan)
@@ -221,6 +222,7 @@ def _engine_config(model: Model, options: EngineOptions, device: jax.Device) -> 
         policy=options.scheduling_policy,
         seed=options.seed,
         overlap=options.overlap,
+        max_steps_per_dispatch=options.max_steps_per_dispatch or (1 if on_cpu else 4),
     )
 
 

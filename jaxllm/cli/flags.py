@@ -55,6 +55,7 @@ ENGINE_HELP = {
     "max_num_waiting": "most sequences that wait in the engine's queue",
     "seed": "of what is drawn for requests without a seed",
     "overlap": "prepare a step while the one before it runs",
+    "max_steps_per_dispatch": "most tokens of an answer that are computed at a time",
     "forbid_compile": "a compilation after warm-up is an error",
     "compilation": "background, ahead (before the start) or on_demand",
     "attention": "implementation of attention; default: the platform's best",

@@ -19,6 +19,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from jaxllm.config import EngineConfig
+from jaxllm.engine.batch import is_host_bound
 from jaxllm.engine.histogram import Histogram, HistogramStats
 from jaxllm.engine.request import (
     Detokenizer,
@@ -115,7 +116,8 @@ class Engine:
 
     tokenizer: without one, outputs have no text and stop strings are refused. max_num_waiting:
     add_request raises QueueFullError while that many sequences wait; None for no limit.
-    round_budget: see Scheduler. last_error: what the last failed step raised, for the user.
+    round_budget, max_steps: see Scheduler. last_error: what the last failed step raised, for the
+    user.
     """
 
     def __init__(
@@ -128,6 +130,7 @@ class Engine:
         eos_token_ids: Iterable[int] = (),
         max_num_waiting: int | None = None,
         round_budget: Callable[[int], int] | None = None,
+        max_steps: Callable[[int], int] | None = None,
     ):
         self.config = config
         self.runner = runner
@@ -135,7 +138,7 @@ class Engine:
         self.vocab_size = vocab_size
         self.eos_token_ids = tuple(eos_token_ids)
         self.max_num_waiting = max_num_waiting
-        self.scheduler = Scheduler(config, round_budget)
+        self.scheduler = Scheduler(config, round_budget, max_steps)
         self.last_error: str | None = None
         self._requests: dict[str, RequestState] = {}
         self._states: dict[int, SequenceState] = {}  # by sequence_id, unfinished ones
@@ -203,9 +206,10 @@ class Engine:
         if request.pooling is None:
             wanted = request.params.max_tokens or NOT_LIMITED
             max_num_tokens = min(len(prompt_token_ids) + wanted, self.config.max_model_len)
+        constraint = request.constraint
+        host_bound = is_host_bound(request.params, self.eos_token_ids, constraint is not None)
         first_id = self._next_sequence_id
         self._next_sequence_id += request.params.n
-        constraint = request.constraint
         return [
             Sequence(
                 sequence_id=first_id + index,
@@ -220,6 +224,7 @@ class Engine:
                 arrival_time=request.arrival_time,
                 cache_salt=request.cache_salt,
                 max_num_tokens=max_num_tokens,
+                is_host_bound=host_bound,
                 pooling=request.pooling,
                 constraint=None if constraint is None else constraint.copy(),
             )
@@ -308,9 +313,12 @@ class Engine:
             started = max(started, self._result_time)
         self._result_time = now
         self._num_steps += 1
-        self._num_computed_tokens += step.batch.num_tokens
+        num_tokens = step.batch.num_tokens
+        if step.batch.num_steps > 1:
+            num_tokens = sum(row.samples for row in step.batch.sequences)
+        self._num_computed_tokens += num_tokens
         self._step_seconds.observe(now - started)
-        self._step_tokens.observe(step.batch.num_tokens)
+        self._step_tokens.observe(num_tokens)
         self._postprocess(step, result)
 
     def _fail(self, batch: Batch, error: Exception) -> None:

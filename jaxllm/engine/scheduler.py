@@ -16,6 +16,8 @@ The rules, in order:
 4. A sequence that has all the tokens it may have, some of them perhaps still pending (ON_DEVICE),
    is not scheduled; the result of the step under way ends it. One that was preempted while tokens
    of it were pending is not admitted before they are known.
+5. Where all decode and nobody waits, the device decodes several tokens at a time. Blocks for them
+   are taken only from those that are free.
 A preempted sequence goes back to its place by the policy's order, ahead of all that came later, and
 is computed again, as far as the prefix cache has not kept it.
 """
@@ -92,14 +94,21 @@ class Scheduler:
 
     round_budget: called with the number of tokens of a step that computes prompts; returns how many
     of them to take (a bucket's size), so that a bucket is filled instead of padded. The last
-    prompt's chunk is shortened to that, if at least one of its tokens remains.
+    prompt's chunk is shortened to that, if at least one of its tokens remains. max_steps: how many
+    tokens each of a number of sequences can decode in one dispatch; None: what the config allows.
     """
 
-    def __init__(self, config: EngineConfig, round_budget: Callable[[int], int] | None = None):
+    def __init__(
+        self,
+        config: EngineConfig,
+        round_budget: Callable[[int], int] | None = None,
+        max_steps: Callable[[int], int] | None = None,
+    ):
         self.config = config
         self.pool = BlockPool(config.num_blocks, config.block_size, config.enable_prefix_caching)
         self.num_preemptions = 0
         self._round_budget = round_budget
+        self._max_steps = max_steps
         self._key = _priority_key if config.policy == "priority" else _fcfs_key
         self._watermark = max(1, config.num_blocks // 100)
         self._clear()
@@ -191,7 +200,48 @@ class Scheduler:
             num_tokens = self._shorten_last(chunks, num_tokens, self._round_budget(num_tokens))
         if not num_tokens:
             return None
-        return Batch(decodes + chunks, num_tokens, len(decodes))
+        num_steps = self._num_steps(decodes) if not chunks and not len(self._waiting) else 1
+        if num_steps > 1:
+            decodes = [self._several(row, num_steps) for row in decodes]
+        return Batch(decodes + chunks, num_tokens, len(decodes), num_steps)
+
+    def _num_steps(self, decodes: list[ScheduledSequence]) -> int:
+        """How many tokens the device decodes before the host sees them, while nobody waits for a
+        slot: as many as are allowed, are wanted, and find free blocks; nobody is preempted for
+        more than one."""
+        most, wanted = self.config.max_steps_per_dispatch, 1
+        if most > 1 and self._max_steps is not None:
+            most = self._max_steps(len(decodes))
+        if most == 1:
+            return 1
+        for sequence, *_ in decodes:
+            if sequence.is_host_bound or sequence.pooling is not None:
+                return 1
+            wanted = max(wanted, sequence.max_num_tokens - len(sequence.token_ids))
+        num_steps = min(most, wanted)
+        while num_steps > 1 and self._num_missing(decodes, num_steps) > self.pool.num_free_blocks:
+            num_steps -= 1
+        return num_steps
+
+    def _num_missing(self, decodes: list[ScheduledSequence], num_steps: int) -> int:
+        """Blocks that the sequences lack for so many tokens each."""
+        block_size = self.config.block_size
+        num_missing = 0
+        for sequence, start, *_ in decodes:
+            room = sequence.max_num_tokens - len(sequence.token_ids)
+            end = start + min(num_steps, room)
+            num_missing += -(-end // block_size) - len(sequence.block_table)
+        return num_missing
+
+    def _several(self, row: ScheduledSequence, num_steps: int) -> ScheduledSequence:
+        """The row with as many tokens to yield as the sequence may have, and blocks for them."""
+        sequence = row.sequence
+        samples = min(num_steps, sequence.max_num_tokens - len(sequence.token_ids))
+        end = sequence.num_computed_tokens = row.start + samples
+        num_missing = -(-end // self.config.block_size) - len(sequence.block_table)
+        if num_missing > 0:
+            sequence.block_table += self.pool.allocate(num_missing)
+        return ScheduledSequence(sequence, row.start, 1, samples, row.attempt)
 
     def _schedule_running(
         self, decodes: list[ScheduledSequence], chunks: list[ScheduledSequence]

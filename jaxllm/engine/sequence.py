@@ -63,7 +63,7 @@ class Sequence:
     arrival_time: float = 0.0
     cache_salt: str | None = None
     max_num_tokens: int = NOT_LIMITED  # prompt and output; with so many it has ended
-    is_host_bound: bool = False  # the host has to look at each token before the next
+    is_host_bound: bool = False  # yields one token a dispatch, see batch.is_host_bound
     pooling: PoolingParams | None = None  # given: it ends with its prompt, which it embeds
     constraint: Constraint | None = None
     status: SequenceStatus = SequenceStatus.WAITING

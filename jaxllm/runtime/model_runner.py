@@ -66,7 +66,8 @@ class DeviceStep:
         """Waits for the tokens and fetches what the batch's sequences asked for."""
         num_seqs = len(self.batch.sequences)
         params = [s.sequence.params for s in self.batch.sequences]
-        tokens = np.atleast_2d(np.asarray(self.outputs.tokens))[:, :num_seqs]
+        tokens = np.atleast_2d(np.asarray(self.outputs.tokens))
+        tokens = tokens[: self.batch.num_steps, :num_seqs]
         logprobs = prompt_logprobs = None
         if any(p.logprobs is not None for p in params):
             logprobs = _fetch(self.outputs.logprobs, num_seqs)
@@ -108,7 +109,7 @@ class ModelRunner:
         self._compiler = compiler
         self._options = options or StepOptions()
         self._on_demand = on_demand
-        self._layouts = {b: PackedLayout(b, config.max_blocks_per_seq) for b in self.buckets}
+        self._layouts = {bucket: self._layout(bucket) for bucket in self.buckets}
         self._packer = BatchPacker(config.max_num_seqs, config.max_blocks_per_seq)
         self._params: tuple[jax.Array, ...] | None = None  # the leaves, see make_step
         self._state: State | None = None
@@ -206,6 +207,10 @@ class ModelRunner:
 
         return sorted(self.buckets, key=rank)
 
+    def _layout(self, bucket: Bucket) -> PackedLayout:
+        max_steps = self.config.max_steps_per_dispatch if bucket.decode_only else 1
+        return PackedLayout(bucket, self.config.max_blocks_per_seq, max_steps)
+
     def _largest_bucket(self) -> Bucket:
         return max(self.buckets, key=lambda b: (not b.decode_only, b.num_tokens, b.num_seqs))
 
@@ -229,10 +234,19 @@ class ModelRunner:
         self._count(batch, bucket)
         return DeviceStep(batch, outputs)
 
+    def max_steps(self, num_seqs: int) -> int:
+        """How many tokens each of so many sequences can decode in one dispatch now: one while the
+        program that loops is not compiled."""
+        fits = self._fitting(num_seqs, num_seqs, True)
+        is_ready = any(b.decode_only and self._compiler.is_ready(b) for b in fits)
+        return self.config.max_steps_per_dispatch if is_ready else 1
+
     def _choose(self, batch: Batch) -> Bucket:
         """The least padded bucket among those that are compiled, else the one compiled next."""
         num_seqs = len(batch.sequences)
         fits = self._fitting(batch.num_tokens, num_seqs, batch.num_decodes == num_seqs)
+        if batch.num_steps > 1:
+            fits = [bucket for bucket in fits if bucket.decode_only]
         assert fits, f"no bucket holds {batch.num_tokens} tokens of {num_seqs} sequences"
         ready = next((b for b in fits if self._compiler.is_ready(b)), None)
         return ready or min(fits, key=self._order.index)
@@ -270,8 +284,11 @@ class ModelRunner:
 
     def _count(self, batch: Batch, bucket: Bucket) -> None:
         self.stats.num_steps += 1
-        self.stats.num_tokens += batch.num_tokens
-        self.stats.num_padded_tokens += bucket.num_tokens
+        num_tokens = batch.num_tokens
+        if batch.num_steps > 1:
+            num_tokens = sum(row.samples for row in batch.sequences)
+        self.stats.num_tokens += num_tokens
+        self.stats.num_padded_tokens += bucket.num_tokens * batch.num_steps
         self.stats.steps_by_bucket[bucket] += 1
 
 

@@ -26,7 +26,7 @@ from jaxllm.sampling_params import MAX_LOGPROBS
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
 EOS = len(LETTERS)
 VOCAB_SIZE = EOS + 1
-POISON = -5
+POISON, NONSENSE = -5, -6
 
 
 def ids(text: str) -> list[int]:
@@ -97,6 +97,7 @@ class FakeRunner:
         num_cells = self.config.num_blocks * self.config.block_size
         self._pool = np.full((num_cells, 3), -1, np.int64)  # token, position, salt
         self._hidden_sums = np.full((self.config.max_num_seqs, 2), np.nan)
+        self._ended: set[tuple[int, int]] = set()  # sequence_id, attempt
         self._last_tokens = np.full(self.config.max_num_seqs, -99)
 
     def reset(self) -> None:
@@ -123,10 +124,18 @@ class FakeRunner:
             written.update(new)
             # In batch order: a row must not read what a later row writes.
             view = replace(sequence, token_ids=token_ids, num_pending=0)
+            if (sequence.sequence_id, scheduled.attempt) in self._ended:
+                # What a loop ended is not known to the host yet. It writes and yields nonsense.
+                self._pool[new] = NONSENSE
+                rows.append([0])
+                pooled.append(np.zeros(2))
+                continue
             is_ok = self._compute(view, start)
             hidden = self._content(view, end)[start:, :2]
             pooled.append(self._pooled(sequence, start, hidden))
             rows.append(self._decode(view, scheduled.samples) if is_ok else [NOT_FINITE])
+            if len(rows[-1]) < scheduled.samples:
+                self._ended.add((sequence.sequence_id, scheduled.attempt))
         columns = [row + [0] * (batch.num_steps - len(row)) for row in rows]
         result = self._result(batch, np.array(columns, np.int32).T, following)
         result = replace(result, pooled=np.array(pooled, np.float32))

@@ -13,7 +13,12 @@ from jaxllm.engine.sequence import Sequence, SequenceStatus
 from jaxllm.sampling_params import RequestOutputKind, SamplingParams
 
 NOT_FINITE_ERROR = "ArithmeticError: the model's logits are not finite"
-MODES = [{"overlap": False}, {"overlap": True}]
+MODES = [
+    {"overlap": False},
+    {"overlap": True},
+    {"overlap": False, "max_steps_per_dispatch": 3},
+    {"overlap": True, "max_steps_per_dispatch": 4},
+]
 
 
 def random_config(rng, **options):
