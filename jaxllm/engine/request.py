@@ -347,23 +347,29 @@ class RequestState:
         if kind is RequestOutputKind.FINAL_ONLY and not finished:
             return None
         delta = kind is RequestOutputKind.DELTA
-        outputs = [state.output(delta) for state in self.sequences]
+        outputs = []
+        for state in self.sequences:
+            output = state.output(delta)
+            if output is not None:
+                outputs.append(output)
+        known = self.prompt_logprobs
         return RequestOutput(
             self.request.request_id,
             self.request.prompt,
             self.prompt_token_ids,
-            [output for output in outputs if output is not None],
+            outputs,
             finished,
-            self._prompt_logprobs_to_send(delta),
+            None if known is None else self._prompt_logprobs_to_send(known, delta),
             self.metrics(now if finished else None),
             self.sequences[0].sequence.num_cached_tokens,
             self.embedding,
         )
 
-    def _prompt_logprobs_to_send(self, delta: bool) -> list[TokenLogprobs | None] | None:
+    def _prompt_logprobs_to_send(
+        self, known: list[TokenLogprobs | None], delta: bool
+    ) -> list[TokenLogprobs | None] | None:
         """Once they are complete: with every output, or with delta once."""
-        known = self.prompt_logprobs
-        if known is None or len(known) < len(self.prompt_token_ids):
+        if len(known) < len(self.prompt_token_ids):
             return None
         if delta and self._prompt_logprobs_sent:
             return None
