@@ -25,6 +25,8 @@ class EngineOptions:
     layer_loop: "auto" ("switch" on CPU, else "scan"), "switch" or "scan".
     cache_dir: folder for fetched models and compiled programs; None: the user's cache folder.
     program_cache: keep compiled programs on disk.
+    profile_dir: folder for a trace of the run, written when the engine is closed: timeline.json
+        (what the engine did when) and JAX's profile.
 
     Raises ValueError naming the option, its value and what would do.
     """
@@ -49,6 +51,7 @@ class EngineOptions:
     layer_loop: str = "auto"
     cache_dir: str | Path | None = None
     program_cache: bool = True
+    profile_dir: str | Path | None = None
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -63,7 +66,7 @@ class EngineOptions:
             check(name, isinstance(getattr(self, name), bool), "True or False")
         for name in ("revision", "attention"):
             check(name, isinstance(getattr(self, name), str | None), "a string or None")
-        for name in ("tokenizer", "cache_dir"):
+        for name in ("tokenizer", "cache_dir", "profile_dir"):
             check(name, isinstance(getattr(self, name), str | Path | None), "a path or None")
         check("seed", type(self.seed) is int, "an integer")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -106,3 +107,14 @@ def test_several_tokens_come_a_dispatch_where_nothing_waits(llm: LLM) -> None:
     num_steps = llm.engine.stats().num_steps - before
     most = llm.engine.config.max_steps_per_dispatch
     assert num_steps == 25 if most == 1 else num_steps <= 2 + 24 // most
+
+
+def test_a_profile_shows_the_steps(
+    tiny_llama_folder: Path, tiny_llm: dict[str, Any], tmp_path: Path
+) -> None:
+    with LLM(str(tiny_llama_folder), **tiny_llm, profile_dir=tmp_path / "trace") as llm:
+        llm.generate([[5, 6, 7]], SamplingParams(max_tokens=9, ignore_eos=True), use_tqdm=False)
+    events = json.loads((tmp_path / "trace" / "timeline.json").read_text())["traceEvents"]
+    names = {event["name"] for event in events if event["ph"] == "X"}
+    assert names == {"schedule", "pack", "dispatch", "device", "wait", "postprocess"}
+    assert list((tmp_path / "trace").rglob("*.xplane.pb")), "and JAX's own profile"

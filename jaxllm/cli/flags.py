@@ -61,6 +61,7 @@ ENGINE_HELP = {
     "attention": "implementation of attention; default: the platform's best",
     "layer_loop": "auto, switch or scan",
     "cache_dir": "folder of fetched models and compiled programs (or set JAXLLM_CACHE)",
+    "profile_dir": "folder for a trace of the run (timeline.json, and JAX's profile)",
     "program_cache": "keep compiled programs on disk",
 }
 SERVER_HELP = {
@@ -95,7 +96,10 @@ SERVER_HELP = {
     "tool_call_parser": "auto (by the chat template), none, or a parser's name",
     "reasoning_parser": "auto (by the chat template), none, or a parser's name",
 }
-FLAG_NAMES = {("engine", "seed"): "--engine-seed"}  # --seed is a request's
+FLAG_NAMES = {
+    ("engine", "seed"): "--engine-seed",  # --seed is a request's
+    ("engine", "profile_dir"): "--profile",
+}
 NOT_FLAGS = ("output_kind",)  # --stream decides
 
 

@@ -42,6 +42,7 @@ from jaxllm.engine.sequence import (
     StepResult,
 )
 from jaxllm.engine.snapshot import EngineSnapshot, take_snapshot
+from jaxllm.engine.timeline import DEVICE, Timeline
 from jaxllm.outputs import RequestOutput
 from jaxllm.request_error import RequestError
 
@@ -131,6 +132,7 @@ class Engine:
         max_num_waiting: int | None = None,
         round_budget: Callable[[int], int] | None = None,
         max_steps: Callable[[int], int] | None = None,
+        timeline: Timeline | None = None,
     ):
         self.config = config
         self.runner = runner
@@ -139,6 +141,7 @@ class Engine:
         self.eos_token_ids = tuple(eos_token_ids)
         self.max_num_waiting = max_num_waiting
         self.scheduler = Scheduler(config, round_budget, max_steps)
+        self.timeline = timeline
         self.last_error: str | None = None
         self._requests: dict[str, RequestState] = {}
         self._states: dict[int, SequenceState] = {}  # by sequence_id, unfinished ones
@@ -269,7 +272,9 @@ class Engine:
         before it. If the runner raises, the sequences of the batch end with "error" and the others
         are computed again."""
         try:
+            started = time.monotonic()
             batch, num_left = self.scheduler.schedule(), 0
+            self._record("schedule", started)
             if batch is not None:
                 self._dispatch(batch)
                 num_left = int(self.config.overlap and not self._under_way[-1].needs_host)
@@ -302,6 +307,7 @@ class Engine:
 
     def _take_result(self, step: _StepUnderWay) -> None:
         """Waits for a step and takes in what it yielded."""
+        waited = time.monotonic()
         try:
             result = step.handle.result()
         except Exception as error:
@@ -312,6 +318,9 @@ class Engine:
         if self._result_time is not None:
             started = max(started, self._result_time)
         self._result_time = now
+        if self.timeline is not None:
+            self.timeline.record("wait", waited, now)
+            self.timeline.record(DEVICE, started, now)
         self._num_steps += 1
         num_tokens = step.batch.num_tokens
         if step.batch.num_steps > 1:
@@ -320,6 +329,12 @@ class Engine:
         self._step_seconds.observe(now - started)
         self._step_tokens.observe(num_tokens)
         self._postprocess(step, result)
+        self._record("postprocess", now)
+
+    def _record(self, name: str, start: float) -> None:
+        """On the timeline, if there is one: what began at this time has ended."""
+        if self.timeline is not None:
+            self.timeline.record(name, start, time.monotonic())
 
     def _fail(self, batch: Batch, error: Exception) -> None:
         """Ends the batch's sequences; everything else that runs loses its keys and values too, and

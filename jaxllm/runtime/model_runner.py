@@ -17,6 +17,7 @@ import numpy as np
 from jaxllm.config import EngineConfig
 from jaxllm.engine.batch import BatchPacker, Bucket, PackedLayout, table_row
 from jaxllm.engine.sequence import Batch, LogprobRows, RunnerFigures, Sequence, StepResult
+from jaxllm.engine.timeline import Timeline
 from jaxllm.models.decoder import Model, Parameters
 from jaxllm.runtime import kv_cache, memory
 from jaxllm.runtime.buckets import MIN_ROWS, fitting, plan_buckets
@@ -109,6 +110,7 @@ class ModelRunner:
         self._compiler = compiler
         self._options = options or StepOptions()
         self._on_demand = on_demand
+        self.timeline: Timeline | None = None  # where steps are recorded
         self._layouts = {bucket: self._layout(bucket) for bucket in self.buckets}
         self._packer = BatchPacker(config.max_num_seqs, config.max_blocks_per_seq)
         self._params: tuple[jax.Array, ...] | None = None  # the leaves, see make_step
@@ -220,15 +222,20 @@ class ModelRunner:
         """Dispatches a step and returns at once."""
         assert self._params is not None, "set_parameters comes first"
         assert self._state is not None
+        started = time.monotonic()
         with self._compiler.guard():
             for sequence in self._packer.new_table_rows(batch):
                 self._write_table_row(sequence)
             bucket = self._choose(batch)
             packed = self._packer.pack(batch, self._layouts[bucket])
+            packed_time = time.monotonic()
             step = self._program(bucket)
             self._state, outputs = step(self._params, self._state, packed)
             if self.device.platform != "cpu":  # there the host reads them where they are
                 outputs.tokens.copy_to_host_async()
+        if self.timeline is not None:
+            self.timeline.record("pack", started, packed_time)
+            self.timeline.record("dispatch", packed_time, time.monotonic())
         if not self._on_demand:
             self._compiler.release()
         self._count(batch, bucket)
