@@ -22,7 +22,8 @@ class EngineOptions:
         step), "ahead" (start when all are compiled) or "on_demand" (only what is used).
     forbid_compile: compile all ahead; from then on a compilation during a step is an error.
     attention: implementation of attention; None: the best of the platform.
-    layer_loop: "auto" ("switch" on CPU, else "scan"), "switch" or "scan".
+    layer_loop: "auto" ("packed" on CPU in bfloat16, if its kernels were built, and "switch" if not;
+        else "scan"), "packed", "switch" or "scan".
     cache_dir: folder for fetched models and compiled programs; None: the user's cache folder.
     program_cache: keep compiled programs on disk.
     profile_dir: folder for a trace of the run, written when the engine is closed: timeline.json
@@ -73,7 +74,7 @@ class EngineOptions:
     def _check_choices(self) -> None:
         for name, choices in (
             ("dtype", ("auto", "bfloat16", "float32")),
-            ("layer_loop", ("auto", "switch", "scan")),
+            ("layer_loop", ("auto", "packed", "switch", "scan")),
             ("scheduling_policy", ("fcfs", "priority")),
             ("compilation", ("background", "ahead", "on_demand")),
         ):

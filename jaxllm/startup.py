@@ -24,7 +24,7 @@ from jaxllm.loading.hub import ModelFiles, cache_folder, find_model
 from jaxllm.loading.load import check_num_layers, load_parameters, plan_leaves
 from jaxllm.loading.safetensors_source import SafetensorsSource
 from jaxllm.loading.source import TensorSource
-from jaxllm.models.decoder import Model
+from jaxllm.models.decoder import Model, can_pack
 from jaxllm.prompts import TokenizedPrompt
 from jaxllm.runtime import kv_cache, memory
 from jaxllm.runtime.buckets import TokenRounding
@@ -36,6 +36,7 @@ from jaxllm.runtime.step import StepOptions, abstract_tables
 from jaxllm.sampling_params import SamplingParams
 from jaxllm.text.constraint import ConstraintMaker
 from jaxllm.text.tokenizer import Tokenizer, load_tokenizer_from_folder, load_tokenizer_from_gguf
+from pallas_kernels import native
 
 logger = logging.getLogger(__name__)
 
@@ -193,7 +194,8 @@ def _build_model(config: ModelConfig, options: EngineOptions, device: jax.Device
         dtype = "float32" if config.checkpoint_dtype == "float32" else "bfloat16"
     layer_loop = options.layer_loop
     if layer_loop == "auto":
-        layer_loop = "switch" if device.platform == "cpu" else "scan"
+        on_cpu = "packed" if can_pack(config, dtype) and native.is_available() else "switch"
+        layer_loop = on_cpu if device.platform == "cpu" else "scan"
     return Model(config, layer_loop, jnp.dtype(dtype))  # type: ignore[arg-type]
 
 
@@ -211,7 +213,7 @@ def _engine_config(model: Model, options: EngineOptions, device: jax.Device) -> 
     bytes_of_block = kv_cache.block_bytes(model.config, options.block_size, model.dtype)
     budget = options.kv_cache_memory_bytes or memory.pool_budget(
         device,
-        parameters=_num_bytes(model.abstract_parameters()),
+        parameters=_num_bytes(model.stored_parameters()),
         state=_table_bytes(model.config, max_num_seqs),
         temporaries=memory.estimated_temporaries(model.config, max_tokens, max_num_seqs),
     )
@@ -241,8 +243,7 @@ def _keys_vary(model: Model, max_model_len: int) -> bool:
 
 def _load(checkpoint: _Checkpoint, model: Model, device: jax.Device) -> dict[str, Any]:
     def put(array: np.ndarray, path: tuple[Any, ...]) -> jax.Array:
-        del path  # one device: every leaf goes to it
-        return jax.device_put(array, device)
+        return jax.device_put(model.stored(array, path), device)  # one device: all goes to it
 
     abstract = model.abstract_parameters()
     return load_parameters(checkpoint.config, abstract, checkpoint.source, put=put)
@@ -251,7 +252,7 @@ def _load(checkpoint: _Checkpoint, model: Model, device: jax.Device) -> dict[str
 def _memory_plan(model: Model, config: EngineConfig, runner: ModelRunner) -> MemoryPlan:
     """What the engine will use. Where host and device share memory, the process is what it holds
     now beyond the arrays, and what compilation still to come may add."""
-    parameters = _num_bytes(model.abstract_parameters())
+    parameters = _num_bytes(model.stored_parameters())
     pool = config.num_blocks * kv_cache.block_bytes(model.config, config.block_size, model.dtype)
     state = _table_bytes(model.config, config.max_num_seqs)
     process = 0

@@ -15,7 +15,6 @@ import re
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,8 +22,10 @@ from typing import Any
 
 from measuring import Figures, machine, report
 
+from jaxllm.bench.processes import cache_with_models
+from jaxllm.bench.startup import CACHES, FIRST_TOKEN, first_tokens
+
 MODEL = "smollm2-135m-instruct"
-PROMPT = "The capital of France is"
 NUM_DECODES = 90  # steps that the medians of host time are taken over
 
 
@@ -142,44 +143,17 @@ def memory(model: str, cache_dir: str) -> Figures:
 
 def startup(model: str, runs: int) -> Figures:
     """Seconds from the start of a process to the end of its first token, with an empty and with a
-    filled cache of compiled programs."""
-    cold, warm = [], []
+    filled cache of compiled programs. `jaxllm bench startup` measures the server as well."""
+    times: dict[str, list[float]] = {}
     for _ in range(runs):
-        with cache_with_models() as cache_dir:
-            cold.append(seconds_to_first_token(model, cache_dir))
-            seconds_to_first_token(model, cache_dir)  # what the first run was not yet done with
-            warm.append(seconds_to_first_token(model, cache_dir))
+        first_tokens(model, [], None, times)
+    cold, warm = (times[f"{FIRST_TOKEN}_{cache}"] for cache in CACHES)
     return {
         "empty_cache_s": statistics.median(cold),
         "filled_cache_s": statistics.median(warm),
         "all_empty": " ".join(f"{seconds:.1f}" for seconds in cold),
         "all_filled": " ".join(f"{seconds:.1f}" for seconds in warm),
     }
-
-
-def seconds_to_first_token(model: str, cache_dir: str) -> float:
-    """Until the stream has written something; the process may take longer to end."""
-    options = ["--prompt", PROMPT, "--max-tokens", "1", "--temperature", "0", "--stream"]
-    script = str(Path(__file__).with_name("generate.py"))  # what `jaxllm generate` runs
-    command = [sys.executable, script, model, *options]
-    started = time.perf_counter()
-    with subprocess.Popen([*command, "--cache-dir", cache_dir], stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        first = process.stdout.read(1)
-        seconds = time.perf_counter() - started
-        process.stdout.read()
-    if process.returncode or not first:
-        raise SystemExit(f"jaxllm generate ended with status {process.returncode}")
-    return seconds
-
-
-def cache_with_models() -> tempfile.TemporaryDirectory[str]:
-    """A cache folder with the fetched models and no programs."""
-    from jaxllm.loading.hub import cache_folder
-
-    folder = tempfile.TemporaryDirectory(prefix="jaxllm-measure-")
-    (Path(folder.name) / "models").symlink_to(cache_folder() / "models")
-    return folder
 
 
 def in_own_process(name: str, model: str) -> Figures:

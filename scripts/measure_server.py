@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import json
 import re
-import socket
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from measuring import Figures, machine, report
+
+from jaxllm.bench import processes
+from jaxllm.bench.startup import engine_flags
 
 MODEL = "smollm2-135m-instruct"
 ENGINE = {"max_model_len": 512, "max_num_seqs": 32}
@@ -91,40 +93,11 @@ class EngineProcess:
 # ---- the server, in a process of its own
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port: int = sock.getsockname()[1]
-    return port
-
-
 @contextlib.contextmanager
 def server(model: str, *options: str) -> Iterator[str]:
     """Starts `jaxllm serve`, waits until it is ready, and gives its address."""
-    port = free_port()
-    script = str(Path(__file__).with_name("serve.py"))  # what `jaxllm serve` runs
-    command = [sys.executable, script, model, "--port", str(port), *options]
-    for name, value in ENGINE.items():
-        command += [f"--{name.replace('_', '-')}", str(value)]
-    quiet = subprocess.DEVNULL
-    with subprocess.Popen(command, stdout=quiet, stderr=quiet) as process:
-        try:
-            wait_until_ready(f"http://127.0.0.1:{port}", process)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.terminate()
-
-
-def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
-    import urllib.request
-
-    while True:
-        try:
-            with urllib.request.urlopen(f"{url}/health"):
-                return
-        except OSError:  # not listening yet, or 503
-            if process.poll() is not None:
-                raise SystemExit(f"jaxllm serve ended with {process.returncode}") from None
-            time.sleep(0.01)
+    with processes.server(model, *engine_flags(ENGINE), *options) as url:
+        yield url
 
 
 async def stream_all(url: str, work: list[list[int]], max_tokens: int) -> Figures:

@@ -39,6 +39,7 @@ FLOORS = {
     "jaxllm.engine_thread": 5,
     "jaxllm.engine_mailbox": 5,
     "jaxllm.async_engine": 5,
+    "jaxllm.bench": 6,
     "jaxllm.server": 6,
     "jaxllm.cli": 6,
     "scripts": 6,

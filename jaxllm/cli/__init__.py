@@ -1,4 +1,4 @@
-"""The command line: jaxllm generate, chat, serve, models."""
+"""The command line: jaxllm generate, chat, serve, bench, models."""
 
 from jaxllm.cli.command import main
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import jaxllm
-from jaxllm.cli import chat, generate, serve
+from jaxllm.cli import bench, chat, generate, serve
 from jaxllm.cli.flags import ENGINE, SAMPLING, SERVER
 from jaxllm.cli.settings import UsageError
 from jaxllm.config import ModelError
@@ -121,9 +121,31 @@ def _parser() -> argparse.ArgumentParser:
     SERVER.add_flags(command)
     ENGINE.add_flags(command)
 
+    _add_bench(commands)
+
     command = _add(commands, "models", "list the built-in models", list_models)
     command.add_argument("--cache-dir", metavar="PATH", help="folder of fetched models")
     return parser
+
+
+def _add_bench(commands: argparse._SubParsersAction) -> None:
+    what = "measure an engine or a server"
+    command = commands.add_parser("bench", help=what, description=what, allow_abbrev=False)
+    benchmarks = command.add_subparsers(required=True, metavar="BENCHMARK", parser_class=_Parser)
+    for name, help_text, run, add_flags in (
+        ("latency", "seconds of one batch", bench.run_latency, bench.add_latency_flags),
+        ("throughput", "many prompts at once", bench.run_throughput, bench.add_throughput_flags),
+        ("startup", "fresh processes to the first token", bench.run_startup,
+         bench.add_startup_flags),
+    ):  # fmt: skip
+        benchmark = _add(benchmarks, name, help_text, run)
+        _add_model(benchmark)
+        add_flags(benchmark)
+        ENGINE.add_flags(benchmark)
+    serve_help = "a server of OpenAI's API, ours or another's"
+    bench.add_serve_flags(_add(benchmarks, "serve", serve_help, bench.run_serve))
+    sweep_help = "the same at several request rates or concurrencies"
+    bench.add_sweep_flags(_add(benchmarks, "sweep", sweep_help, bench.run_sweep))
 
 
 def _add(commands: argparse._SubParsersAction, name: str, what: str, run: object) -> _Parser:

@@ -59,7 +59,7 @@ ENGINE_HELP = {
     "forbid_compile": "a compilation after warm-up is an error",
     "compilation": "background, ahead (before the start) or on_demand",
     "attention": "implementation of attention; default: the platform's best",
-    "layer_loop": "auto, switch or scan",
+    "layer_loop": "auto, packed, switch or scan",
     "cache_dir": "folder of fetched models and compiled programs (or set JAXLLM_CACHE)",
     "profile_dir": "folder for a trace of the run (timeline.json, and JAX's profile)",
     "program_cache": "keep compiled programs on disk",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxllm.config import ModelConfig
-from jaxllm.models.layers import RMSNorm, project, random_param, zero_param
+from jaxllm.models.layers import Call, RMSNorm, project, random_param, zero_param
 
 
 class Attention(nnx.Module):
@@ -22,6 +23,7 @@ class Attention(nnx.Module):
         width, head_dim = config.hidden_size, config.head_dim  # E, D
         num_heads, num_kv_heads = config.num_heads, config.num_kv_heads  # H, K
         group = (num_kv_heads, num_heads // num_kv_heads + 2, head_dim)  # [K, G+2, D]
+        self.group, self.width = group, width
         self.qkv_kernel = random_param(rngs, (width, *group), width, dtype)
         self.o_kernel = random_param(
             rngs, (num_heads, head_dim, width), num_heads * head_dim, dtype
@@ -32,9 +34,12 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(head_dim, epsilon, dtype) if has_norms else None
         self.k_norm = RMSNorm(head_dim, epsilon, dtype) if has_norms else None
 
-    def queries_keys_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def queries_keys_values(
+        self, x: jax.Array, call: Call
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """[T, E] -> [T, H, D], [T, K, D], [T, K, D], before the rotation."""
-        qkv = project(x, self.qkv_kernel[...])  # [T, K, G+2, D] float32
+        dtype = x.dtype if self.qkv_bias is None else jnp.float32
+        qkv = project(x, self.qkv_kernel[...], call, self.group, dtype=dtype)  # [T, K, G+2, D]
         if self.qkv_bias is not None:
             qkv += self.qkv_bias[...]
         qkv = qkv.astype(x.dtype)
@@ -45,9 +50,12 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
 
-    def output(self, mixed: jax.Array) -> jax.Array:
+    def output(self, mixed: jax.Array, call: Call) -> jax.Array:
         """[T, H, D] -> [T, E]: what attention adds to the residual stream."""
-        out = project(mixed, self.o_kernel[...], num_contracted=2)  # [T, E] float32
+        dtype = mixed.dtype if self.o_bias is None else jnp.float32
+        out = project(
+            mixed, self.o_kernel[...], call, (self.width,), num_contracted=2, dtype=dtype
+        )  # [T, E]
         if self.o_bias is not None:
             out += self.o_bias[...]
         return out.astype(mixed.dtype)

@@ -7,20 +7,23 @@ graph definitions are made once, and a module is merged with its part of the dic
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 
 from jaxllm.config import ModelConfig
+from jaxllm.models import packing
 from jaxllm.models.attention import Attention
-from jaxllm.models.layers import Embedding, FeedForward, Head, RMSNorm
+from jaxllm.models.layers import PACKED, Call, Embedding, FeedForward, Head, RMSNorm
 from jaxllm.models.rope import apply_rope, build_rope, rope_tables
 
-LayerLoop = Literal["switch", "scan"]
+LayerLoop = Literal["switch", "scan", "packed"]
 Parameters = dict[str, Any]  # nested; the leaves are arrays or their shapes
 Tables = tuple[jax.Array, jax.Array]  # cos, sin: each [T, D/2]
 # attend(q[T,H,D], k[T,K,D], v[T,K,D], kv_pool, layer, window) -> (out[T,H,D], kv_pool)
@@ -38,14 +41,14 @@ class DecoderLayer(nnx.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.mlp = FeedForward(config, dtype, rngs)
 
-    def before(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def before(self, x: jax.Array, call: Call) -> tuple[jax.Array, jax.Array, jax.Array]:
         """[T, E] -> queries [T, H, D], keys and values [T, K, D], not yet rotated."""
-        return self.attention.queries_keys_values(self.attention_norm(x))
+        return self.attention.queries_keys_values(self.attention_norm(x), call)
 
-    def after(self, x: jax.Array, mixed: jax.Array) -> jax.Array:
+    def after(self, x: jax.Array, mixed: jax.Array, call: Call) -> jax.Array:
         """The residual stream [T, E] with attention's result [T, H, D] and the feed-forward."""
-        x = x + self.attention.output(mixed)
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + self.attention.output(mixed, call)
+        return x + self.mlp(self.mlp_norm(x), call)
 
 
 class Ends(nnx.Module):
@@ -56,9 +59,16 @@ class Ends(nnx.Module):
         self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.head = None if config.tie_word_embeddings else Head(config, dtype, rngs)
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
+    def logits(self, hidden: jax.Array, call: Call) -> jax.Array:
         """[R, E] -> [R, V] float32."""
-        return self.embed.attend(hidden) if self.head is None else self.head(hidden)
+        head = self.embed.attend if self.head is None else self.head
+        return head(hidden, call)
+
+
+def can_pack(config: ModelConfig, dtype: DTypeLike) -> bool:
+    """Whether a model can have layer_loop "packed"."""
+    is_bfloat16 = jnp.dtype(dtype) == jnp.bfloat16
+    return is_bfloat16 and not config.mlp_bias and packing.can_pack(config)
 
 
 class Model:
@@ -68,14 +78,21 @@ class Model:
     weights are. "switch": parameters["layers"] holds one dict a layer under "0", "1", ..., and the
     loop's body switches between them; for the CPU, where XLA would copy and convert each slice of a
     stacked array. "scan": one dict whose leaves are stacked along a leading axis of L; for
-    accelerators, where the slices are free.
+    accelerators, where the slices are free. "packed": the same with kernels in the layout of the
+    CPU's own products (see packing.py), which read a layer's kernel in the stacked array; only in
+    bfloat16.
     """
 
     def __init__(self, config: ModelConfig, layer_loop: LayerLoop, dtype: DTypeLike) -> None:
-        if layer_loop not in ("switch", "scan"):
-            raise ValueError(f"layer_loop must be 'switch' or 'scan', got {layer_loop!r}")
+        if layer_loop not in get_args(LayerLoop):
+            raise ValueError(f"layer_loop must be 'switch', 'scan' or 'packed', got {layer_loop!r}")
         if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
             raise ValueError(f"dtype must be float32 or bfloat16, got {jnp.dtype(dtype).name}")
+        if layer_loop == "packed" and not can_pack(config, dtype):
+            raise ValueError(
+                f"layer_loop 'packed' needs bfloat16 (got {jnp.dtype(dtype).name}), even sizes and "
+                f"a feed-forward without bias; use 'switch'"
+            )
         self.config = config
         self.layer_loop = layer_loop
         self.dtype = jnp.dtype(dtype)
@@ -91,7 +108,8 @@ class Model:
         return graphdef, nnx.to_pure_dict(state)
 
     def abstract_parameters(self) -> Parameters:
-        """The tree of parameters with a jax.ShapeDtypeStruct for each leaf; allocates nothing."""
+        """The tree of parameters as it is loaded, with a jax.ShapeDtypeStruct for each leaf;
+        allocates nothing."""
         num_layers = self.config.num_layers
         if self.layer_loop == "switch":
             layers = {str(i): _shapes(self._abstract_layer) for i in range(num_layers)}
@@ -99,11 +117,35 @@ class Model:
             layers = _shapes(self._abstract_layer, leading=(num_layers,))
         return {**_shapes(self._abstract_ends), "layers": layers}
 
+    def stored_parameters(self) -> Parameters:
+        """The same tree with the shapes that `forward` takes."""
+        abstract = self.abstract_parameters()
+        if self.layer_loop != "packed":
+            return abstract
+        return jax.tree.map_with_path(
+            lambda path, leaf: packing.stored_shape(leaf, _names(path), self.config), abstract
+        )
+
+    def stored(self, array: np.ndarray, path: tuple[Any, ...]) -> np.ndarray:
+        """A leaf that was loaded as `forward` takes it. path: its keys from the root of the
+        tree."""
+        if self.layer_loop != "packed":
+            return array
+        return packing.stored(array, path, self.config)
+
     def init_parameters(self, key: jax.Array) -> Parameters:
         """Parameters for tests and benchmarks: random kernels, norms of one, biases of zero.
 
-        Both layer loops draw the same values from a key.
+        All layer loops draw the same values from a key.
         """
+        params = self._random_parameters(key)
+        if self.layer_loop != "packed":
+            return params
+        return jax.tree.map_with_path(
+            lambda path, leaf: jnp.asarray(self.stored(np.asarray(leaf), _names(path))), params
+        )
+
+    def _random_parameters(self, key: jax.Array) -> Parameters:
         ends_key, layers_key = jax.random.split(key)
         layer_keys = jax.random.split(layers_key, self.config.num_layers)
         if self.layer_loop == "switch":
@@ -125,28 +167,40 @@ class Model:
         rope_lens: jax.Array,
         kv_pool: Any,
         attend: Attend,
+        num_tokens: jax.Array | int | None = None,
     ) -> tuple[jax.Array, Any]:
         """The normed hidden states [T, E] of token_ids [T], and the pool with their keys, values.
 
         positions [T]: a token's index in its sequence. rope_lens [T]: max(prompt length of its
         sequence, position + 1). attend gets a layer's queries, keys and values with the pool, the
         layer's number, which is traced, and its window (0: none), which is traced only if layers
-        differ in it. Call it inside a trace.
+        differ in it. num_tokens: those that are no padding, None: all; padding may cost less. Call
+        it inside a trace.
         """
+        num_rows = token_ids.shape[0] if num_tokens is None else num_tokens
         ends = nnx.merge(self._ends_def, _without_layers(params))
         tables = rope_tables(self._rope, positions, rope_lens)
         x = ends.embed(token_ids)  # [T, E]
         run_layers = self._switch if self.layer_loop == "switch" else self._scan
-        x, kv_pool = run_layers(params["layers"], x, tables, kv_pool, attend)
+        x, kv_pool = run_layers(params["layers"], x, num_rows, tables, kv_pool, attend)
         return ends.final_norm(x), kv_pool
 
-    def logits(self, params: Parameters, hidden: jax.Array) -> jax.Array:
-        """The logits [R, V] float32 of rows [R, E] that `forward` returned."""
+    def logits(
+        self, params: Parameters, hidden: jax.Array, num_rows: jax.Array | int | None = None
+    ) -> jax.Array:
+        """The logits [R, V] float32 of rows [R, E] that `forward` returned. num_rows: those that
+        are wanted, None: all."""
         ends = nnx.merge(self._ends_def, _without_layers(params))
-        return ends.logits(hidden)
+        return ends.logits(hidden, Call(0, hidden.shape[0] if num_rows is None else num_rows))
 
     def _switch(
-        self, layers: Parameters, x: jax.Array, tables: Tables, kv_pool: Any, attend: Attend
+        self,
+        layers: Parameters,
+        x: jax.Array,
+        num_rows: jax.Array | int,
+        tables: Tables,
+        kv_pool: Any,
+        attend: Attend,
     ) -> tuple[jax.Array, Any]:
         modules = [
             nnx.merge(self._layer_def, layers[str(i)]) for i in range(self.config.num_layers)
@@ -157,27 +211,47 @@ class Model:
         ) -> tuple[tuple[jax.Array, Any], None]:
             x, kv_pool = carry
             i, window = scanned
-            qkv = lax.switch(i, [module.before for module in modules], x)
+            call = Call(i, num_rows)
+            qkv = lax.switch(i, [partial(m.before, call=call) for m in modules], x)
             mixed, kv_pool = self._attend(qkv, tables, kv_pool, attend, i, window)
-            return (lax.switch(i, [module.after for module in modules], x, mixed), kv_pool), None
+            after = [partial(m.after, call=call) for m in modules]
+            return (lax.switch(i, after, x, mixed), kv_pool), None
 
         carry, _ = lax.scan(body, (x, kv_pool), self._layer_numbers())
         return carry
 
     def _scan(
-        self, layers: Parameters, x: jax.Array, tables: Tables, kv_pool: Any, attend: Attend
+        self,
+        layers: Parameters,
+        x: jax.Array,
+        num_rows: jax.Array | int,
+        tables: Tables,
+        kv_pool: Any,
+        attend: Attend,
     ) -> tuple[jax.Array, Any]:
+        leaves, tree = jax.tree.flatten(layers)
+        is_whole = [leaf.dtype == PACKED for leaf in leaves]  # its products slice it themselves
+        sliced = [leaf for leaf, whole in zip(leaves, is_whole, strict=True) if not whole]
+
         def body(
             carry: tuple[jax.Array, Any],
-            scanned: tuple[Parameters, tuple[jax.Array, jax.Array | None]],
+            scanned: tuple[list[jax.Array], tuple[jax.Array, jax.Array | None]],
         ) -> tuple[tuple[jax.Array, Any], None]:
             x, kv_pool = carry
-            layer_params, (i, window) = scanned
-            layer = nnx.merge(self._layer_def, layer_params)
-            mixed, kv_pool = self._attend(layer.before(x), tables, kv_pool, attend, i, window)
-            return (layer.after(x, mixed), kv_pool), None
+            slices, (i, window) = iter(scanned[0]), scanned[1]
+            own = [
+                leaf if whole else next(slices)
+                for leaf, whole in zip(leaves, is_whole, strict=True)
+            ]
+            layer, call = (
+                nnx.merge(self._layer_def, jax.tree.unflatten(tree, own)),
+                Call(i, num_rows),
+            )
+            qkv = layer.before(x, call)
+            mixed, kv_pool = self._attend(qkv, tables, kv_pool, attend, i, window)
+            return (layer.after(x, mixed, call), kv_pool), None
 
-        carry, _ = lax.scan(body, (x, kv_pool), (layers, self._layer_numbers()))
+        carry, _ = lax.scan(body, (x, kv_pool), (sliced, self._layer_numbers()))
         return carry
 
     def _layer_numbers(self) -> tuple[jax.Array, jax.Array | None]:
@@ -212,3 +286,7 @@ def _shapes(tree: Parameters, leading: tuple[int, ...] = ()) -> Parameters:
 
 def _without_layers(params: Parameters) -> Parameters:
     return {name: part for name, part in params.items() if name != "layers"}
+
+
+def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(key.key for key in path)

@@ -5,6 +5,9 @@ Activations keep the dtype of the parameters; sums, norms and logits are float32
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,6 +15,17 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxllm.config import ModelConfig
+from pallas_kernels.packed_matmul.api import packed_matmul
+from pallas_kernels.packed_matmul.layout import columns
+
+PACKED = jnp.uint32  # the type of packed kernels, see packing.py
+
+
+class Call(NamedTuple):
+    """What products with packed kernels need to know beside their operands."""
+
+    layer: jax.Array | int  # of stacked kernels
+    num_rows: jax.Array | int  # rows that are no padding
 
 
 def random_param(
@@ -22,10 +36,25 @@ def random_param(
     return nnx.Param(jax.random.uniform(rngs.params(), shape, dtype, -bound, bound))
 
 
-def project(x: jax.Array, kernel: jax.Array, num_contracted: int = 1) -> jax.Array:
-    """The product of x's last num_contracted axes with the kernel's first ones, as float32."""
+def project(
+    x: jax.Array,
+    kernel: jax.Array,
+    call: Call,
+    shape: tuple[int, ...],
+    *,
+    num_contracted: int = 1,
+    dtype: DTypeLike = jnp.float32,
+) -> jax.Array:
+    """The product of x's last num_contracted axes with the kernel's first ones: [T, *shape] in
+    dtype, summed in float32. kernel: [contracted..., *shape], or packed with its layers' others."""
+    if kernel.dtype == PACKED:
+        flat = x.reshape(x.shape[0], -1)
+        product = packed_matmul(
+            flat, kernel, call.layer, call.num_rows, num_columns=math.prod(shape), dtype=dtype
+        )
+        return product.reshape(x.shape[0], *shape)
     axes = tuple(range(x.ndim - num_contracted, x.ndim)), tuple(range(num_contracted))
-    return _product(x, kernel, axes)
+    return _product(x, kernel, axes).astype(dtype)
 
 
 def _product(
@@ -63,11 +92,14 @@ class Embedding(nnx.Module):
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         shape = (config.vocab_size, config.hidden_size)
+        self.size = config.vocab_size
         self.embedding = random_param(rngs, shape, config.hidden_size, dtype)
 
     def __call__(self, token_ids: jax.Array) -> jax.Array:
         """[T] -> [T, E]. Ids outside the vocabulary, as padding may have, read its nearest row."""
         table = self.embedding[...]
+        if table.dtype == PACKED:
+            return columns(table, jnp.clip(token_ids, 0, self.size - 1))
         if table.dtype != jnp.bfloat16:
             return jnp.take(table, token_ids, axis=0, mode="clip")
         # XLA's CPU backend converts the whole operand of a bfloat16 gather to float32.
@@ -75,8 +107,10 @@ class Embedding(nnx.Module):
         rows = jnp.take(bits, token_ids, axis=0, mode="clip")
         return lax.bitcast_convert_type(rows, jnp.bfloat16)
 
-    def attend(self, hidden: jax.Array) -> jax.Array:
+    def attend(self, hidden: jax.Array, call: Call) -> jax.Array:
         """Logits [R, V] of hidden [R, E]; contracts E in place, so no transposed copy is made."""
+        if self.embedding[...].dtype == PACKED:
+            return project(hidden, self.embedding[...][None], call, (self.size,))
         return _product(hidden, self.embedding[...], ((1,), (1,)))
 
 
@@ -84,12 +118,16 @@ class Head(nnx.Module):
     """The output head of models that do not tie it to the embedding."""
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        shape = (config.hidden_size, config.vocab_size)
+        self.size = config.vocab_size
+        shape = (config.hidden_size, self.size)
         self.kernel = random_param(rngs, shape, config.hidden_size, dtype)
 
-    def __call__(self, hidden: jax.Array) -> jax.Array:
+    def __call__(self, hidden: jax.Array, call: Call) -> jax.Array:
         """Logits [R, V] of hidden [R, E]."""
-        return project(hidden, self.kernel[...])
+        kernel = self.kernel[...]
+        if kernel.dtype == PACKED:
+            kernel = kernel[None]
+        return project(hidden, kernel, call, (self.size,))
 
 
 class FeedForward(nnx.Module):
@@ -97,18 +135,30 @@ class FeedForward(nnx.Module):
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         width, inner = config.hidden_size, config.intermediate_size  # E, F
+        self.width, self.inner = width, inner
         self.gate_up_kernel = random_param(rngs, (width, 2, inner), width, dtype)
         self.down_kernel = random_param(rngs, (inner, width), inner, dtype)
         has_bias = config.mlp_bias
         self.gate_up_bias = zero_param((2, inner), dtype) if has_bias else None
         self.down_bias = zero_param((width,), dtype) if has_bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        gate_up = project(x, self.gate_up_kernel[...])  # [T, 2, F] float32
-        if self.gate_up_bias is not None:
-            gate_up += self.gate_up_bias[...]
-        inner = (jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1]).astype(x.dtype)  # [T, F]
-        out = project(inner, self.down_kernel[...])  # [T, E] float32
+    def __call__(self, x: jax.Array, call: Call) -> jax.Array:
+        inner = self._gated(x, call)  # [T, F]
+        has_bias = self.down_bias is not None
+        out_dtype = jnp.float32 if has_bias else x.dtype
+        out = project(inner, self.down_kernel[...], call, (self.width,), dtype=out_dtype)
         if self.down_bias is not None:
             out += self.down_bias[...]
         return out.astype(x.dtype)
+
+    def _gated(self, x: jax.Array, call: Call) -> jax.Array:
+        kernel = self.gate_up_kernel[...]
+        if kernel.dtype == PACKED:
+            return packed_matmul(
+                x, kernel, call.layer, call.num_rows,
+                num_columns=self.inner, gated=True, dtype=x.dtype,
+            )  # fmt: skip
+        gate_up = project(x, kernel, call, (2, self.inner))  # [T, 2, F] float32
+        if self.gate_up_bias is not None:
+            gate_up += self.gate_up_bias[...]
+        return (jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1]).astype(x.dtype)

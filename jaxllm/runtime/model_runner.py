@@ -176,7 +176,7 @@ class ModelRunner:
 
     def _submit_programs(self) -> None:
         state = jax.eval_shape(self._new_state)
-        params = tuple(jax.tree.leaves(self.model.abstract_parameters()))
+        params = tuple(jax.tree.leaves(self.model.stored_parameters()))
         state_tree = jax.tree.structure(state)
         key = (self.model.config, self.model.layer_loop, str(self.model.dtype), self._options)
 

@@ -7,9 +7,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.ragged_paged_attention import reference, xla
+from pallas_kernels.ragged_paged_attention import cpu, reference, xla
+from pallas_kernels.ragged_paged_attention.layout import BITS_OF_BFLOAT16
 
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
+    "cpu": cpu.ragged_paged_attention,
     "xla": xla.ragged_paged_attention,
     "reference": reference.ragged_paged_attention,
 }
@@ -67,14 +69,20 @@ def ragged_paged_attention(
       out [T, H, D] in q's type, and the pool with the new tokens.
 
     Raises:
-      ValueError: a shape or an option does not fit.
+      ValueError: a shape or an option does not fit, or the implementation that was asked for
+        does not support the case.
     """
     _check(q, k, v, kv_pool, seq_lens, block_tables, query_start, distribution, sinks, soft_cap)
     if implementation is None:
-        implementation = "xla"
+        implementation = "cpu" if cpu.supports(q, kv_pool) else "xla"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"unknown implementation {implementation!r}; known: {', '.join(IMPLEMENTATIONS)}"
+        )
+    if implementation == "cpu" and not cpu.supports(q, kv_pool):
+        raise ValueError(
+            f"ragged_paged_attention: 'cpu' needs the built kernels, bfloat16 queries (got "
+            f"{q.dtype}) and a pool of {BITS_OF_BFLOAT16.__name__} (got {kv_pool.dtype}); use 'xla'"
         )
     return IMPLEMENTATIONS[implementation](
         q, k, v, kv_pool, layer, seq_lens, block_tables, query_start, distribution,

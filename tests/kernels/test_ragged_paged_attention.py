@@ -12,9 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.ragged_paged_attention.api import IMPLEMENTATIONS, ragged_paged_attention
+from pallas_kernels import native
+from pallas_kernels.ragged_paged_attention.api import ragged_paged_attention
 from pallas_kernels.ragged_paged_attention.layout import decode_pool, encode_pool
 
+IMPLEMENTATIONS = ("xla", "reference")  # those that compute in float32
 POOL_DTYPES = ("float32", "bfloat16", "uint16", "int8", "float8_e4m3fn", "float8_e5m2")
 
 
@@ -32,6 +34,7 @@ class Case:
     padding_tokens: int = 3
     padding_seqs: int = 2
     pool_dtype: str = "float32"
+    dtype: str = "float32"  # of queries, keys and values
     seed: int = 0
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -47,7 +50,7 @@ class Case:
         num_blocks = sum(needed) + 3
         order = rng.permutation(num_blocks)
         self.q, self.k, self.v = (
-            rng.normal(size=(num_tokens, heads, self.head_dim)).astype(np.float32)
+            rng.normal(size=(num_tokens, heads, self.head_dim)).astype(jnp.dtype(self.dtype))
             for heads in (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         )
         shape = (
@@ -87,7 +90,7 @@ class Case:
             self.query_start, self.distribution,
             **{"scale": 0.25, "implementation": implementation, **self.options},
         )  # fmt: skip
-        return np.asarray(out), np.asarray(decode_pool(pool))
+        return np.asarray(out).astype(np.float32), np.asarray(decode_pool(pool))
 
 
 def dense_attention(case: Case) -> np.ndarray:
@@ -178,41 +181,108 @@ def test_decode_only_promise_gives_the_same() -> None:
     np.testing.assert_array_equal(case.run("xla")[0], expected)
 
 
-@settings(max_examples=20, deadline=None)
-@given(
-    lens=st.lists(
+RAGGED = {
+    "lens": st.lists(
         st.tuples(st.integers(1, 12), st.integers(0, 40)).map(lambda p: (p[0], p[0] + p[1])),
         min_size=1, max_size=6,
     ),
-    heads=st.sampled_from([(1, 1), (4, 1), (4, 2), (3, 3), (9, 3)]),
+    "heads": st.sampled_from([(1, 1), (4, 1), (4, 2), (3, 3), (9, 3)]),
+    "block_size": st.sampled_from([1, 4, 16]),
+    "window": st.sampled_from([0, 5]),
+    "soft_cap": st.sampled_from([None, 3.0]),
+    "sinks": st.booleans(),
+    "seed": st.integers(0, 2**16),
+}  # fmt: skip
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    **RAGGED,
     head_dim=st.sampled_from([8, 64]),
-    block_size=st.sampled_from([1, 4, 16]),
     pool_dtype=st.sampled_from(POOL_DTYPES),
-    window=st.sampled_from([0, 5]),
-    soft_cap=st.sampled_from([None, 3.0]),
-    sinks=st.booleans(),
     scales=st.sampled_from(["none", "scalar", "heads"]),
-    seed=st.integers(0, 2**16),
-)  # fmt: skip
+)
 def test_xla_equals_the_oracle(
-    lens: list[tuple[int, int]], heads: tuple[int, int], head_dim: int, block_size: int,
-    pool_dtype: str, window: int, soft_cap: float | None, sinks: bool, scales: str, seed: int,
+    heads: tuple[int, int], pool_dtype: str, window: int, soft_cap: float | None, sinks: bool,
+    scales: str, seed: int, **shape: Any,
 ) -> None:  # fmt: skip
-    rng = np.random.default_rng(seed)
     case = Case(
-        lens, *heads, head_dim=head_dim, block_size=block_size, pool_dtype=pool_dtype, seed=seed
+        num_heads=heads[0], num_kv_heads=heads[1], pool_dtype=pool_dtype, seed=seed, **shape
     )
     case.options = {"window": window, "soft_cap": soft_cap}
-    if sinks:
-        case.options["sinks"] = rng.normal(size=heads[0]).astype(np.float32)
-    if scales != "none" or pool_dtype == "int8":
-        shape = () if scales == "scalar" else (heads[1],)
-        case.options["k_scale"] = np.asarray(0.02 + 0.03 * rng.random(shape), np.float32)
-        case.options["v_scale"] = np.asarray(0.02 + 0.03 * rng.random(shape), np.float32)
+    add_sinks_and_scales(case, sinks, "heads" if pool_dtype == "int8" else scales)
     case.build()
     (out, pool), (expected_out, expected_pool) = case.run("xla"), case.run("reference")
     np.testing.assert_array_equal(pool, expected_pool)
     np.testing.assert_allclose(out, expected_out, atol=3e-5, rtol=3e-5)
+
+
+def add_sinks_and_scales(case: Case, sinks: bool, scales: str) -> None:
+    rng = np.random.default_rng(case.seed)
+    if sinks:
+        case.options["sinks"] = rng.normal(size=case.num_heads).astype(np.float32)
+    if scales != "none":
+        shape = () if scales == "scalar" else (case.num_kv_heads,)
+        case.options["k_scale"] = np.asarray(0.02 + 0.03 * rng.random(shape), np.float32)
+        case.options["v_scale"] = np.asarray(0.02 + 0.03 * rng.random(shape), np.float32)
+
+
+needs_native = pytest.mark.skipif(not native.is_available(), reason="the kernels were not built")
+
+
+@needs_native
+@settings(max_examples=40, deadline=None)
+@given(
+    **RAGGED,
+    head_dim=st.sampled_from([2, 8, 64, 80, 96, 128, 256]),
+    scales=st.sampled_from(["none", "scalar", "heads"]),
+)
+def test_cpu_kernel_equals_the_oracle(
+    heads: tuple[int, int], window: int, soft_cap: float | None, sinks: bool, scales: str,
+    seed: int, **shape: Any,
+) -> None:  # fmt: skip
+    case = Case(
+        num_heads=heads[0], num_kv_heads=heads[1], seed=seed, pool_dtype="uint16",
+        dtype="bfloat16", **shape,
+    )  # fmt: skip
+    case.options = {"window": window, "soft_cap": soft_cap}
+    add_sinks_and_scales(case, sinks, scales)
+    case.build()
+    (out, pool), (expected_out, expected_pool) = case.run("cpu"), case.run("reference")
+    np.testing.assert_array_equal(pool, expected_pool)
+    np.testing.assert_allclose(out, expected_out, atol=1e-6, rtol=1e-2)  # bfloat16's last place
+
+
+@needs_native
+def test_cpu_kernel_over_many_chunks_and_tiles() -> None:
+    case = Case([(1, 700), (300, 300), (130, 517)], 9, 3, head_dim=64, block_size=16)
+    case.pool_dtype, case.dtype = "uint16", "bfloat16"
+    case.build()
+    (out, pool), (expected_out, expected_pool) = case.run("cpu"), case.run("reference")
+    np.testing.assert_array_equal(pool, expected_pool)
+    np.testing.assert_allclose(out, expected_out, atol=1e-6, rtol=1e-2)
+
+
+@needs_native
+def test_cpu_kernel_updates_the_pool_in_place() -> None:
+    case = Case(MIXED, pool_dtype="uint16", dtype="bfloat16")
+    case.build()
+
+    def step(pool: jax.Array) -> jax.Array:
+        return ragged_paged_attention(
+            case.q, case.k, case.v, pool, 0, case.seq_lens, case.block_tables, case.query_start,
+            case.distribution, scale=1.0,
+        )[1]  # fmt: skip
+
+    compiled = jax.jit(step, donate_argnums=0).lower(case.pool).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < case.pool.nbytes
+
+
+def test_cpu_kernel_refuses_what_it_does_not_support() -> None:
+    case = Case(MIXED)
+    case.build()
+    with pytest.raises(ValueError, match="'cpu' needs the built kernels, bfloat16 queries"):
+        case.run("cpu")
 
 
 @pytest.mark.parametrize(

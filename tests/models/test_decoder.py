@@ -128,17 +128,70 @@ def test_attend_gets_layer_and_window(layer_loop: Any, windows: Any, expected: A
 
 
 def test_unsupported_layer_loop_and_dtype() -> None:
-    with pytest.raises(ValueError, match="layer_loop must be 'switch' or 'scan', got 'map'"):
+    with pytest.raises(
+        ValueError, match="layer_loop must be 'switch', 'scan' or 'packed', got 'map'"
+    ):
         Model(PLAIN, layer_loop="map", dtype=jnp.float32)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="dtype must be float32 or bfloat16, got float16"):
         Model(PLAIN, layer_loop="scan", dtype=jnp.float16)
+    for config, dtype in (
+        (PLAIN, jnp.float32),
+        (replace(PLAIN, mlp_bias=True), jnp.bfloat16),
+        (replace(PLAIN, intermediate_size=33), jnp.bfloat16),
+    ):
+        with pytest.raises(ValueError, match="layer_loop 'packed' needs bfloat16"):
+            Model(config, layer_loop="packed", dtype=dtype)
 
 
-def test_token_ids_outside_the_vocabulary_read_its_nearest_row() -> None:
-    model = Model(replace(PLAIN, num_layers=1), layer_loop="switch", dtype=jnp.bfloat16)
-    params = zeros(model)
-    table = np.random.default_rng(0).standard_normal((V, E))
-    params["embed"]["embedding"] = jnp.asarray(table, jnp.bfloat16)
+@pytest.mark.parametrize(
+    "config",
+    [PLAIN, replace(FULL, mlp_bias=False), replace(PLAIN, intermediate_size=34, vocab_size=50)],
+    ids=["tied", "biases, norms, own head", "sizes that fill no panel"],
+)
+def test_packed_kernels_compute_what_plain_ones_do(config: ModelConfig) -> None:
+    def run(loop: Any, num_tokens: int | None) -> tuple[np.ndarray, np.ndarray]:
+        model = Model(config, layer_loop=loop, dtype=jnp.bfloat16)
+        params = model.init_parameters(jax.random.key(0))
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+        assert shapes == model.stored_parameters()
+
+        def step(params: Any, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+            def attend(q: jax.Array, k: jax.Array, v: jax.Array, *_: Any) -> tuple[jax.Array, None]:
+                return q + jnp.repeat(k * v, q.shape[1] // k.shape[1], axis=1), None
+
+            hidden, _ = model.forward(
+                params, ids, ids, ids + 1, None, attend, num_tokens=num_tokens
+            )
+            return hidden, model.logits(params, hidden, num_tokens)
+
+        hidden, logits = jax.jit(step)(params, jnp.arange(10))
+        return np.asarray(hidden, np.float32), np.asarray(logits)
+
+    hidden, logits = run("scan", None)
+    packed_hidden, packed_logits = run("packed", 7)
+    np.testing.assert_allclose(packed_hidden[:7], hidden[:7], atol=0.06)
+    np.testing.assert_allclose(packed_logits[:7], logits[:7], atol=0.06)
+    assert not packed_logits[7:].any()
+
+
+def test_packed_kernels_are_read_where_they_are() -> None:
+    config = replace(PLAIN, vocab_size=4096)
+    model = Model(config, layer_loop="packed", dtype=jnp.bfloat16)
+
+    def step(params: Any, ids: jax.Array) -> jax.Array:
+        hidden, _ = model.forward(params, ids, ids, ids + 1, None, lambda q, k, v, *_: (q, None))
+        return model.logits(params, hidden)
+
+    ids = jax.ShapeDtypeStruct((8,), jnp.int32)
+    compiled = jax.jit(step).lower(model.stored_parameters(), ids).compile()
+    kernel = 4096 * 32 * 2
+    assert compiled.memory_analysis().temp_size_in_bytes < kernel
+
+
+@pytest.mark.parametrize("layer_loop", ["switch", "packed"])
+def test_token_ids_outside_the_vocabulary_read_its_nearest_row(layer_loop: Any) -> None:
+    model = Model(replace(PLAIN, num_layers=1), layer_loop=layer_loop, dtype=jnp.bfloat16)
+    params = model.init_parameters(jax.random.key(0))
     ids = jnp.array([-1, -(2**31), V, 2**31 - 1], jnp.int32)
 
     def hidden(ids: jax.Array) -> jax.Array:

@@ -1,0 +1,1 @@
+"""Benchmarks: workloads, a client, the figures and how they are shown."""
