@@ -159,6 +159,8 @@ class EngineConfig:
     max_num_seqs: most sequences in one step, and the number of slots.
     max_num_batched_tokens: token budget of one step.
     policy: "fcfs" or "priority" (a smaller priority runs earlier, ties by arrival).
+    overlap: schedule and dispatch a step while the one before it runs.
+    max_steps_per_dispatch: how many tokens of each sequence the device may decode at a time.
     """
 
     num_blocks: int
@@ -169,10 +171,13 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     policy: str = "fcfs"
     seed: int = 0
+    overlap: bool = True
+    max_steps_per_dispatch: int = 1
 
     def __post_init__(self) -> None:
         for name in (
             "num_blocks", "block_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
+            "max_steps_per_dispatch",
         ):  # fmt: skip
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:

@@ -15,6 +15,9 @@ class EngineOptions:
     max_num_seqs: most sequences of a step; None: 64 on CPU, else 256.
     max_num_batched_tokens: token budget of a step; None: 512 on CPU, else 2048.
     kv_cache_memory_bytes: size of the block pool; None: what memory allows (see runtime/memory.py).
+    overlap: schedule and dispatch a step while the one before it runs.
+    max_steps_per_dispatch: most tokens of each sequence that the device decodes at a time, while
+        nothing waits; None: 1 on CPU, else 4.
     compilation: "background" (start with the first few buckets; the others follow after the first
         step), "ahead" (start when all are compiled) or "on_demand" (only what is used).
     forbid_compile: compile all ahead; from then on a compilation during a step is an error.
@@ -23,6 +26,8 @@ class EngineOptions:
         else "scan"), "packed", "switch" or "scan".
     cache_dir: folder for fetched models and compiled programs; None: the user's cache folder.
     program_cache: keep compiled programs on disk.
+    profile_dir: folder for a trace of the run, written when the engine is closed: timeline.json
+        (what the engine did when) and JAX's profile.
 
     Raises ValueError naming the option, its value and what would do.
     """
@@ -39,12 +44,15 @@ class EngineOptions:
     scheduling_policy: str = "fcfs"
     max_num_waiting: int | None = None
     seed: int = 0
+    overlap: bool = True
+    max_steps_per_dispatch: int | None = None
     compilation: str = "background"
     forbid_compile: bool = False
     attention: str | None = None
     layer_loop: str = "auto"
     cache_dir: str | Path | None = None
     program_cache: bool = True
+    profile_dir: str | Path | None = None
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -55,11 +63,11 @@ class EngineOptions:
             if not is_right:
                 raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
 
-        for name in ("enable_prefix_caching", "forbid_compile", "program_cache"):
+        for name in ("enable_prefix_caching", "overlap", "forbid_compile", "program_cache"):
             check(name, isinstance(getattr(self, name), bool), "True or False")
         for name in ("revision", "attention"):
             check(name, isinstance(getattr(self, name), str | None), "a string or None")
-        for name in ("tokenizer", "cache_dir"):
+        for name in ("tokenizer", "cache_dir", "profile_dir"):
             check(name, isinstance(getattr(self, name), str | Path | None), "a path or None")
         check("seed", type(self.seed) is int, "an integer")
 
@@ -76,7 +84,7 @@ class EngineOptions:
                 )
         for name in (
             "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size",
-            "kv_cache_memory_bytes", "max_num_waiting",
+            "kv_cache_memory_bytes", "max_num_waiting", "max_steps_per_dispatch",
         ):  # fmt: skip
             value = getattr(self, name)
             is_count = isinstance(value, int) and not isinstance(value, bool) and value > 0

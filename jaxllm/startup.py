@@ -31,6 +31,7 @@ from jaxllm.runtime.buckets import TokenRounding
 from jaxllm.runtime.compilation import Compiler, ProgramCache
 from jaxllm.runtime.memory import MemoryPlan
 from jaxllm.runtime.model_runner import ModelRunner
+from jaxllm.runtime.profile import Profile
 from jaxllm.runtime.step import StepOptions, abstract_tables
 from jaxllm.sampling_params import SamplingParams
 from jaxllm.text.constraint import ConstraintMaker
@@ -53,10 +54,13 @@ class RunningEngine:
     memory_plan: MemoryPlan
     constraints: ConstraintMaker
     default_sampling: Mapping[str, Any] = field(default_factory=dict)
+    profile: Profile | None = None
 
     def close(self) -> None:
         """Frees the device's memory and ends background compilation."""
         self.runner.close()
+        if self.profile is not None:
+            self.profile.close()
 
     def request(
         self, request_id: str, prompt: TokenizedPrompt, params: SamplingParams, **options: Any
@@ -145,6 +149,8 @@ def start_engine(model_name: str, options: EngineOptions) -> RunningEngine:
         loaded = time.monotonic()
         if options.compilation == "ahead" or options.forbid_compile:
             runner.wait_until_compiled()
+        profile = None if options.profile_dir is None else Profile(Path(options.profile_dir))
+        timeline = runner.timeline = None if profile is None else profile.timeline
     except BaseException:
         compiler.close()
         raise
@@ -157,6 +163,8 @@ def start_engine(model_name: str, options: EngineOptions) -> RunningEngine:
         eos_token_ids=eos_token_ids,
         max_num_waiting=options.max_num_waiting,
         round_budget=TokenRounding(runner.buckets),
+        max_steps=runner.max_steps,
+        timeline=timeline,
     )
     plan = _memory_plan(model, config, runner)
     logger.info("%s on %s: memory %s", model_name, device.device_kind, plan)
@@ -168,7 +176,7 @@ def start_engine(model_name: str, options: EngineOptions) -> RunningEngine:
     constraints = ConstraintMaker(tokenizer, model.config.vocab_size, eos_token_ids)
     return RunningEngine(
         engine, runner, tokenizer, model_name, model.config, plan, constraints,
-        checkpoint.default_sampling(),
+        checkpoint.default_sampling(), profile,
     )  # fmt: skip
 
 
@@ -222,6 +230,8 @@ def _engine_config(model: Model, options: EngineOptions, device: jax.Device) -> 
         and not _keys_vary(model, max_model_len),
         policy=options.scheduling_policy,
         seed=options.seed,
+        overlap=options.overlap,
+        max_steps_per_dispatch=options.max_steps_per_dispatch or (1 if on_cpu else 4),
     )
 
 

@@ -39,7 +39,8 @@ def host(model: str, cache_dir: str) -> Figures:
     from jaxllm import LLM, SamplingParams
 
     limits = {"max_num_seqs": 64, "max_num_batched_tokens": 64, "max_model_len": 256}
-    options = {**limits, "compilation": "ahead"}  # so that nothing is compiled meanwhile
+    # "ahead": so that nothing is compiled meanwhile; with overlap the device would work meanwhile
+    options = {**limits, "compilation": "ahead", "overlap": False}
     with LLM(model, cache_dir=cache_dir, **options) as llm:
         params = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
         prompts = [[100 + i, 200, 300] for i in range(64)]

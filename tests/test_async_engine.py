@@ -239,7 +239,7 @@ async def test_abort_ends_the_iterator_with_a_last_output(
     execute = runner.execute
 
     def held(batch: Any) -> Any:
-        if next(numbers):  # all but the first step
+        if next(numbers) > 1:  # the second is dispatched before the first one's result is taken
             assert go_on.wait(60)
         return execute(batch)
 
@@ -251,7 +251,7 @@ async def test_abort_ends_the_iterator_with_a_last_output(
     go_on.set()  # for the step under way
     rest = await collect(stream)
     assert (rest[-1].finished, rest[-1].outputs[0].finish_reason) == (True, "abort")
-    assert [len(o.outputs[0].token_ids) for o in [first, *rest]] in ([1, 1, 0], [1, 1])
+    assert [len(o.outputs[0].token_ids) for o in [first, *rest]] in ([1, 0], [1, 1, 0], [1, 1])
 
 
 def test_an_engine_that_nobody_closes_does_not_hold_up_the_end(tiny_llama_folder: Path) -> None:

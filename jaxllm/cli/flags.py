@@ -54,11 +54,14 @@ ENGINE_HELP = {
     "scheduling_policy": "fcfs, or priority (a smaller priority runs earlier)",
     "max_num_waiting": "most sequences that wait in the engine's queue",
     "seed": "of what is drawn for requests without a seed",
+    "overlap": "prepare a step while the one before it runs",
+    "max_steps_per_dispatch": "most tokens of an answer that are computed at a time",
     "forbid_compile": "a compilation after warm-up is an error",
     "compilation": "background, ahead (before the start) or on_demand",
     "attention": "implementation of attention; default: the platform's best",
     "layer_loop": "auto, packed, switch or scan",
     "cache_dir": "folder of fetched models and compiled programs (or set JAXLLM_CACHE)",
+    "profile_dir": "folder for a trace of the run (timeline.json, and JAX's profile)",
     "program_cache": "keep compiled programs on disk",
 }
 SERVER_HELP = {
@@ -93,7 +96,10 @@ SERVER_HELP = {
     "tool_call_parser": "auto (by the chat template), none, or a parser's name",
     "reasoning_parser": "auto (by the chat template), none, or a parser's name",
 }
-FLAG_NAMES = {("engine", "seed"): "--engine-seed"}  # --seed is a request's
+FLAG_NAMES = {
+    ("engine", "seed"): "--engine-seed",  # --seed is a request's
+    ("engine", "profile_dir"): "--profile",
+}
 NOT_FLAGS = ("output_kind",)  # --stream decides
 
 

@@ -9,15 +9,14 @@ from functools import cached_property
 import numpy as np
 
 from jaxllm.engine.sequence import Batch, Sequence
-
-ON_DEVICE = -1  # as a token id: the token that the slot's previous step sampled
+from jaxllm.sampling_params import SamplingParams
 
 # What a step reads of each sequence. Floats travel bit-cast.
 INT_FIELDS = (
     "seq_lens",  # tokens including those of this step
     "slots",  # row of the device state; num_slots in padding rows
     "prompt_lens",
-    "samples",  # 1: the step computes the last known token and yields the next
+    "samples",  # tokens that it may yield; 0 where the step does not compute its last token
     "next_token_ids",  # the known token after this step's last, for its prompt log-probability
     "output_lens",  # tokens generated so far
     "seed_low",
@@ -38,6 +37,8 @@ FLOAT_FIELDS = (
     "frequency_penalty",
 )
 ROW_FIELDS = INT_FIELDS + FLOAT_FIELDS
+NO_TOKEN = -2
+MAX_STOP_IDS = 8  # of a sequence that decodes several tokens at a time
 POOLING_CODES = {"mean": 1, "last": 2}
 
 
@@ -56,10 +57,12 @@ class Bucket:
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """Where each field of a bucket lies in its buffer."""
+    """Where each field of a bucket lies in its buffer. max_steps: how often its program may decode
+    before it returns."""
 
     bucket: Bucket
     max_blocks: int  # M
+    max_steps: int = 1
 
     @cached_property
     def arrays(self) -> dict[str, tuple[int, tuple[int, ...]]]:
@@ -72,6 +75,8 @@ class PackedLayout:
             "block_tables": (num_seqs, self.max_blocks),
             "row_fields": (len(ROW_FIELDS), num_seqs),
         }
+        if self.max_steps > 1:
+            shapes |= {"num_steps": (1,), "stop_ids": (num_seqs, MAX_STOP_IDS)}
         offsets, end = {}, 0
         for name, shape in shapes.items():
             offsets[name] = (end, shape)
@@ -115,6 +120,7 @@ class BatchPacker:
         """Forgets all slots, as after the device state was built anew."""
         rows = self._num_slots + 1  # the last one is what padding rows read
         self._block_tables = np.zeros((rows, self._max_blocks), np.int32)
+        self._stop_ids = np.full((rows, MAX_STOP_IDS), NO_TOKEN, np.int32)
         self._row_fields = np.zeros((len(ROW_FIELDS), rows), np.int32)
         self._fields = fields_by_name(self._row_fields)
         self._fields["slots"][:] = np.arange(rows)
@@ -124,7 +130,6 @@ class BatchPacker:
         # the same slot: its blocks are others.
         self._owner = [(-1, 0)] * rows  # (sequence_id, num_preemptions)
         self._num_blocks = [0] * rows
-        self._sampled_at = [-1] * rows  # position of the token that the slot's device row holds
 
     def new_table_rows(self, batch: Batch) -> list[Sequence]:
         """Takes in the sequences that are new in their slots; returns those whose row of the
@@ -133,8 +138,11 @@ class BatchPacker:
         needing = []
         for scheduled in batch.sequences:
             sequence = scheduled.sequence
+            # A row is made of the tokens that the host knows, so it must know all.
+            assert sequence.constraint is None or not sequence.num_pending
             is_new = self._owner[sequence.slot] != (sequence.sequence_id, sequence.num_preemptions)
             if is_new:
+                assert not sequence.num_pending
                 self._take_slot(sequence)
             changes = sequence.constraint is not None and scheduled.samples
             if changes or (is_new and self._fields["uses_table"][sequence.slot]):
@@ -145,7 +153,6 @@ class BatchPacker:
         slot, params = sequence.slot, sequence.params
         self._owner[slot] = (sequence.sequence_id, sequence.num_preemptions)
         self._num_blocks[slot] = 0
-        self._sampled_at[slot] = -1
         fields = self._fields
         fields["prompt_lens"][slot] = sequence.num_prompt_tokens
         fields["seed_low"][slot] = _as_int32(sequence.seed)
@@ -153,6 +160,9 @@ class BatchPacker:
         fields["uses_table"][slot] = uses_table(sequence)
         fields["wants_logprobs"][slot] = params.logprobs is not None
         fields["wants_prompt_logprobs"][slot] = params.prompt_logprobs is not None
+        stop_ids = sorted(params.all_stop_token_ids(sequence.eos_token_ids))[:MAX_STOP_IDS]
+        self._stop_ids[slot] = NO_TOKEN
+        self._stop_ids[slot, : len(stop_ids)] = stop_ids
         pooling = sequence.pooling
         fields["pooling"][slot] = 0 if pooling is None else POOLING_CODES[pooling.pooling]
         fields["temperature"][slot] = 0.0 if params.greedy else params.temperature
@@ -163,13 +173,12 @@ class BatchPacker:
         """The buffer of a batch that fits the layout's bucket; new_table_rows(batch) came first."""
         assert batch.num_tokens <= layout.bucket.num_tokens
         assert len(batch.sequences) <= layout.bucket.num_seqs
+        assert batch.num_steps <= layout.max_steps
         token_ids: list[int] = []
         for scheduled in batch.sequences:
             sequence, start, num_tokens = scheduled.sequence, scheduled.start, scheduled.num_tokens
-            if num_tokens == 1 and self._sampled_at[sequence.slot] == start:
-                token_ids.append(ON_DEVICE)
-            else:
-                token_ids += sequence.token_ids[start : start + num_tokens]
+            # a pending one is ON_DEVICE, which is what the step understands
+            token_ids += sequence.token_ids[start : start + num_tokens]
             self._grow_block_table(sequence)
         slots = self._write_progress(batch)
 
@@ -186,6 +195,10 @@ class BatchPacker:
         tables, fields = layout.view(buffer, "block_tables"), layout.view(buffer, "row_fields")
         np.take(self._block_tables, padded_slots, axis=0, out=tables, mode="clip")
         np.take(self._row_fields, padded_slots, axis=1, out=fields, mode="clip")
+        if layout.max_steps > 1:
+            layout.view(buffer, "num_steps")[0] = batch.num_steps
+            stop_ids = layout.view(buffer, "stop_ids")
+            np.take(self._stop_ids, padded_slots, axis=0, out=stop_ids, mode="clip")
         return buffer
 
     def _write_progress(self, batch: Batch) -> list[int]:
@@ -197,8 +210,6 @@ class BatchPacker:
             ends.append(end)
             output_lens.append(end - sequence.num_prompt_tokens)
             next_token_ids.append(0 if scheduled.samples else sequence.token_ids[end])
-            if scheduled.samples:
-                self._sampled_at[sequence.slot] = end
         fields = self._fields
         fields["seq_lens"][slots] = ends
         fields["samples"][slots] = [s.samples for s in batch.sequences]
@@ -212,6 +223,16 @@ class BatchPacker:
         if len(table) != written:
             self._block_tables[slot, written : len(table)] = table[written:]
             self._num_blocks[slot] = len(table)
+
+
+def is_host_bound(
+    params: SamplingParams, eos_token_ids: tuple[int, ...], is_constrained: bool
+) -> bool:
+    """Whether the host has to look at each token of such a sequence before the next is computed, or
+    wants more of each step than its token."""
+    num_stop_ids = len(params.all_stop_token_ids(eos_token_ids))
+    wants_more = params.logprobs is not None or bool(params.stop)
+    return is_constrained or wants_more or num_stop_ids > MAX_STOP_IDS
 
 
 def uses_table(sequence: Sequence) -> bool:

@@ -17,15 +17,22 @@ HASH_SIZE = 16  # bytes; 2**64 blocks before two differing prefixes are likely t
 
 
 def extend_block_hashes(
-    hashes: list[bytes], token_ids: Sequence[int], block_size: int, salt: str | None = None
+    hashes: list[bytes],
+    token_ids: Sequence[int],
+    block_size: int,
+    salt: str | None = None,
+    num_tokens: int | None = None,
 ) -> None:
-    """Appends the missing hashes of the full blocks of ``token_ids``.
+    """Appends the missing hashes of the full blocks of ``token_ids``, of which only the first
+    ``num_tokens`` are looked at.
 
     Block i's hash is that of (hash of block i - 1, its token ids), so equal hashes mean equal
     prefixes. The salt enters the first block's and thereby all: other salts never share a block.
     """
     first, end = len(hashes), len(token_ids) // block_size
-    if first == end:
+    if num_tokens is not None:
+        end = num_tokens // block_size
+    if first >= end:
         return
     stride = 4 * block_size
     content = array("i", token_ids[first * block_size : end * block_size]).tobytes()
@@ -144,6 +151,13 @@ class BlockPool:
         digest = self._hash_of_block.pop(block, None)
         if digest is not None:
             del self._block_of_hash[digest]
+
+    def forget_content(self, digests: Iterable[bytes]) -> None:
+        """No block with one of these hashes is found any more, whoever holds it."""
+        for digest in digests:
+            block = self._block_of_hash.pop(digest, None)
+            if block is not None:
+                del self._hash_of_block[block]
 
     def reset_prefix_cache(self) -> None:
         """Forgets all cached content; blocks that sequences hold stay theirs."""

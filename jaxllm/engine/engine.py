@@ -1,5 +1,9 @@
 """The engine: requests in, outputs out. One step is schedule, run, postprocess.
 
+With overlap, step n + 1 is scheduled and dispatched before the result of step n is waited for: the
+tokens that n yields are still on the device, where n + 1 reads them. What n then turns out to have
+ended is rolled back by passing over its rows of n + 1.
+
 Not thread-safe: one thread calls it. abort() may also come while a dispatched step is under way.
 """
 
@@ -15,6 +19,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from jaxllm.config import EngineConfig
+from jaxllm.engine.batch import is_host_bound
 from jaxllm.engine.histogram import Histogram, HistogramStats
 from jaxllm.engine.request import (
     Detokenizer,
@@ -26,15 +31,18 @@ from jaxllm.engine.request import (
 from jaxllm.engine.scheduler import Scheduler
 from jaxllm.engine.sequence import (
     NOT_FINITE,
+    NOT_LIMITED,
     Batch,
     Runner,
     RunnerFigures,
     ScheduledSequence,
     Sequence,
     SequenceStatus,
+    StepHandle,
     StepResult,
 )
 from jaxllm.engine.snapshot import EngineSnapshot, take_snapshot
+from jaxllm.engine.timeline import DEVICE, Timeline
 from jaxllm.outputs import RequestOutput
 from jaxllm.request_error import RequestError
 
@@ -58,9 +66,11 @@ class EngineStats:
     """Counters since the start, and the state of this moment.
 
     prefix_queries and prefix_hits are tokens. median_host_seconds: from a step's result on the host
-    to the next call of the runner; median_dispatch_seconds: that call (packing, copy, dispatch).
-    Both over the last 1,000 steps, None before there are any. step_seconds: from the call of the
-    runner to the result on the host.
+    to the next call of the runner (with overlap the device works meanwhile);
+    median_dispatch_seconds: that call (packing, copy, dispatch). Both over the last 1,000 steps,
+    None before there are any. step_seconds: from the call of the runner, or with overlap from the
+    result of the step before if that came later, to the result on the host. idle_seconds: time in
+    which no step was under way although there was something to compute.
     """
 
     num_running: int
@@ -79,6 +89,27 @@ class EngineStats:
     step_seconds: HistogramStats
     step_tokens: HistogramStats
     runner: RunnerFigures
+    idle_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _StepUnderWay:
+    """A dispatched step. needs_host: the next one must not be packed before its result is known."""
+
+    batch: Batch
+    handle: StepHandle
+    dispatch_time: float
+    needs_host: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _FailedStep:
+    """Stands for a step that could not be dispatched, until those before it are done."""
+
+    error: Exception
+
+    def result(self) -> StepResult:
+        raise self.error
 
 
 class Engine:
@@ -86,7 +117,8 @@ class Engine:
 
     tokenizer: without one, outputs have no text and stop strings are refused. max_num_waiting:
     add_request raises QueueFullError while that many sequences wait; None for no limit.
-    round_budget: see Scheduler. last_error: what the last failed step raised, for the user.
+    round_budget, max_steps: see Scheduler. last_error: what the last failed step raised, for the
+    user.
     """
 
     def __init__(
@@ -99,6 +131,8 @@ class Engine:
         eos_token_ids: Iterable[int] = (),
         max_num_waiting: int | None = None,
         round_budget: Callable[[int], int] | None = None,
+        max_steps: Callable[[int], int] | None = None,
+        timeline: Timeline | None = None,
     ):
         self.config = config
         self.runner = runner
@@ -106,16 +140,18 @@ class Engine:
         self.vocab_size = vocab_size
         self.eos_token_ids = tuple(eos_token_ids)
         self.max_num_waiting = max_num_waiting
-        self.scheduler = Scheduler(config, round_budget)
+        self.scheduler = Scheduler(config, round_budget, max_steps)
+        self.timeline = timeline
         self.last_error: str | None = None
         self._requests: dict[str, RequestState] = {}
         self._states: dict[int, SequenceState] = {}  # by sequence_id, unfinished ones
-        self._pending: list[RequestOutput] = []  # final outputs that the next step returns
+        self._pending: list[RequestOutput] = []  # what the next step returns
+        self._under_way: deque[_StepUnderWay] = deque()  # between two calls of step() at most one
         self._next_sequence_id = 0
         self._random = random.Random(config.seed)
         self._num_prompt_tokens = self._num_generation_tokens = self._num_computed_tokens = 0
         self._num_steps = self._num_failed_steps = 0
-        self._scheduled_time = 0.0
+        self._idle_seconds = 0.0
         self._result_time: float | None = None  # None after idling, which is not host time
         self._host_seconds: deque[float] = deque(maxlen=NUM_TIMES_KEPT)
         self._dispatch_seconds: deque[float] = deque(maxlen=NUM_TIMES_KEPT)
@@ -159,7 +195,7 @@ class Engine:
         self._requests[request.request_id] = state
         for sequence in self._make_sequences(request, prompt_token_ids):
             detokenizer = self._make_detokenizer(sequence)
-            sequence_state = SequenceState(state, sequence, detokenizer, self.config.max_model_len)
+            sequence_state = SequenceState(state, sequence, detokenizer)
             state.sequences.append(sequence_state)
             self._states[sequence.sequence_id] = sequence_state
         for sequence_state in state.sequences:
@@ -169,9 +205,14 @@ class Engine:
         seed = request.params.seed
         if seed is None:
             seed = self._random.getrandbits(63)
+        max_num_tokens = NOT_LIMITED
+        if request.pooling is None:
+            wanted = request.params.max_tokens or NOT_LIMITED
+            max_num_tokens = min(len(prompt_token_ids) + wanted, self.config.max_model_len)
+        constraint = request.constraint
+        host_bound = is_host_bound(request.params, self.eos_token_ids, constraint is not None)
         first_id = self._next_sequence_id
         self._next_sequence_id += request.params.n
-        constraint = request.constraint
         return [
             Sequence(
                 sequence_id=first_id + index,
@@ -185,6 +226,8 @@ class Engine:
                 priority=request.priority,
                 arrival_time=request.arrival_time,
                 cache_salt=request.cache_salt,
+                max_num_tokens=max_num_tokens,
+                is_host_bound=host_bound,
                 pooling=request.pooling,
                 constraint=None if constraint is None else constraint.copy(),
             )
@@ -214,65 +257,104 @@ class Engine:
             return
         for sequence_state in state.sequences:
             self._finish(sequence_state, "abort")
-        self._emit([state], self._pending)
+        self._emit([state])
 
     def has_unfinished_requests(self) -> bool:
         """Whether step() has something to do or to return."""
-        return bool(self._requests or self._pending)
+        return bool(self._requests or self._pending or self._under_way)
 
     def reset_prefix_cache(self) -> None:
         """Forgets cached prompts; running requests go on."""
         self.scheduler.pool.reset_prefix_cache()
 
     def step(self) -> list[RequestOutput]:
-        """Computes one batch and returns what it brought. If the runner raises, the sequences of
-        the batch end with "error" and the others are computed again."""
+        """Dispatches a batch and returns what a step brought: that batch or, with overlap, the one
+        before it. If the runner raises, the sequences of the batch end with "error" and the others
+        are computed again."""
         try:
-            batch = self.scheduler.schedule()
-            if batch is None:
-                return self._take_pending()
-            try:
-                result = self._run(batch)
-            except Exception as error:
-                self._fail(batch, error)
-                return self._take_pending()
-            return self._postprocess(batch, result)
+            started = time.monotonic()
+            batch, num_left = self.scheduler.schedule(), 0
+            self._record("schedule", started)
+            if batch is not None:
+                self._dispatch(batch)
+                num_left = int(self.config.overlap and not self._under_way[-1].needs_host)
+            while len(self._under_way) > num_left:
+                self._take_result(self._under_way.popleft())
+            return self._take_pending()
         except BaseException:  # KeyboardInterrupt: some tokens are counted that nobody received
             self._restart()
             raise
 
-    def _run(self, batch: Batch) -> StepResult:
-        scheduled_time = time.monotonic()
+    def _dispatch(self, batch: Batch) -> None:
+        now = time.monotonic()
         if self._result_time is not None:
-            self._host_seconds.append(scheduled_time - self._result_time)
-        self._scheduled_time = scheduled_time
-        handle = self.runner.execute(batch)
-        self._dispatch_seconds.append(time.monotonic() - scheduled_time)
-        result = handle.result()
-        self._result_time = time.monotonic()
+            self._host_seconds.append(now - self._result_time)
+            if not self._under_way:
+                self._idle_seconds += now - self._result_time
+        needs_host = False
+        try:
+            handle: StepHandle = self.runner.execute(batch)
+        except Exception as error:  # the step before it, if there is one, is not to blame
+            handle, needs_host = _FailedStep(error), True
+        else:
+            for sequence, _, _, samples, _ in batch.sequences:
+                if samples and sequence.pooling is None:
+                    sequence.expect(samples)
+                    if sequence.constraint is not None:
+                        needs_host = True
+        self._dispatch_seconds.append(time.monotonic() - now)
+        self._under_way.append(_StepUnderWay(batch, handle, now, needs_host))
+
+    def _take_result(self, step: _StepUnderWay) -> None:
+        """Waits for a step and takes in what it yielded."""
+        waited = time.monotonic()
+        try:
+            result = step.handle.result()
+        except Exception as error:
+            self._fail(step.batch, error)
+            return
+        now = time.monotonic()
+        started = step.dispatch_time
+        if self._result_time is not None:
+            started = max(started, self._result_time)
+        self._result_time = now
+        if self.timeline is not None:
+            self.timeline.record("wait", waited, now)
+            self.timeline.record(DEVICE, started, now)
         self._num_steps += 1
-        self._num_computed_tokens += batch.num_tokens
-        self._step_seconds.observe(self._result_time - scheduled_time)
-        self._step_tokens.observe(batch.num_tokens)
-        return result
+        num_tokens = step.batch.num_tokens
+        if step.batch.num_steps > 1:
+            num_tokens = sum(row.samples for row in step.batch.sequences)
+        self._num_computed_tokens += num_tokens
+        self._step_seconds.observe(now - started)
+        self._step_tokens.observe(num_tokens)
+        self._postprocess(step, result)
+        self._record("postprocess", now)
+
+    def _record(self, name: str, start: float) -> None:
+        """On the timeline, if there is one: what began at this time has ended."""
+        if self.timeline is not None:
+            self.timeline.record(name, start, time.monotonic())
 
     def _fail(self, batch: Batch, error: Exception) -> None:
-        """Ends the batch's sequences; everything else that runs loses its keys and values too."""
+        """Ends the batch's sequences; everything else that runs loses its keys and values too, and
+        what is under way is computed again."""
         logger.error("a step of %d sequences failed", len(batch.sequences), exc_info=error)
         self.last_error = f"{type(error).__name__}: {error}"
         self._num_failed_steps += 1
         touched: dict[RequestState, None] = {}
         for scheduled in batch.sequences:
             state = self._states.get(scheduled.sequence.sequence_id)
-            if state is not None:
+            if state is not None and scheduled.attempt == scheduled.sequence.attempt:
                 self._finish(state, "error")
                 touched[state.request] = None
-        self._emit(touched, self._pending)
+        self._emit(touched)
         self._restart()
 
     def _restart(self) -> None:
         """Nothing on the device is relied on any more, and a step may have been interrupted
         anywhere: unfinished sequences start over, finished requests are sent."""
+        self._under_way.clear()
         self._result_time = None
         self._states.clear()
         for request in self._requests.values():
@@ -283,65 +365,76 @@ class Engine:
             ]
             request.num_unfinished = len(unfinished)
             self._states.update((state.sequence.sequence_id, state) for state in unfinished)
-        self._emit([r for r in self._requests.values() if not r.num_unfinished], self._pending)
+        self._emit([r for r in self._requests.values() if not r.num_unfinished])
         self.scheduler.restart(state.sequence for state in self._states.values())
         self.runner.reset()
 
-    def _postprocess(self, batch: Batch, result: StepResult) -> list[RequestOutput]:
-        """Appends the step's tokens, ends what has to end, and makes the outputs."""
+    def _postprocess(self, step: _StepUnderWay, result: StepResult) -> None:
+        """Takes the step's tokens, ends what has to end, and makes the outputs. Rows of sequences
+        that ended, or began anew, since the step was scheduled are passed over."""
         if result.prompt_logprobs is not None:
-            self._take_prompt_logprobs(batch, result)
+            self._take_prompt_logprobs(step.batch, result)
         touched: list[RequestState] = []
-        token_ids = result.token_ids.tolist()  # [number of scheduled sequences]
-        for row, scheduled in enumerate(batch.sequences):
-            state = self._states.get(scheduled.sequence.sequence_id)
-            if state is None:  # aborted while the step was under way
+        token_ids = result.token_ids.T.tolist()  # [number of scheduled sequences, num_steps]
+        for row, (sequence, _, _, samples, attempt) in enumerate(step.batch.sequences):
+            state = self._states.get(sequence.sequence_id)
+            if state is None or attempt != sequence.attempt:
+                if NOT_FINITE in token_ids[row]:
+                    self.scheduler.distrust(sequence)
                 continue
             request = state.request
             if request.first_scheduled_time is None:
-                request.first_scheduled_time = self._scheduled_time
-            is_finite = token_ids[row] != NOT_FINITE
-            if is_finite and not scheduled.samples:
+                request.first_scheduled_time = step.dispatch_time
+            if not samples and token_ids[row][0] != NOT_FINITE:
                 continue
             try:
-                if not is_finite:
-                    if self.scheduler.isolate(scheduled.sequence):
-                        continue
-                    raise ArithmeticError("the model's logits are not finite")
-                self._take_result(state, row, token_ids[row], result)
+                if not self._take_row(state, row, token_ids[row], samples, result):
+                    continue
             except Exception as error:
                 self._log_fault(request, error)
                 self._finish(state, "error")
             if request.last_step != self._num_steps:
                 request.last_step = self._num_steps
                 touched.append(request)
-        outputs = self._take_pending()
-        self._emit(touched, outputs)
+        self._emit(touched)
         if not self._requests:
             self._result_time = None
-        return outputs
 
-    def _take_result(
+    def _take_row(
+        self, state: SequenceState, row: int, token_ids: list[int], samples: int, result: StepResult
+    ) -> bool:
+        """The tokens of one sequence, up to one that ends it. False if there is none."""
+        for index, token_id in enumerate(token_ids):
+            if token_id == NOT_FINITE:
+                if not self.scheduler.isolate(state.sequence):
+                    raise ArithmeticError("the model's logits are not finite")
+                return index > 0
+            if self._take_token(state, row, token_id, result) or index + 1 == samples:
+                break
+        return True
+
+    def _take_token(
         self, state: SequenceState, row: int, token_id: int, result: StepResult
-    ) -> None:
-        """The next token, or the embedding, of a sequence whose known tokens are computed."""
-        request = state.request
+    ) -> bool:
+        """The next token, or the embedding, of a sequence whose known tokens are computed. Whether
+        it has ended."""
+        request, sequence = state.request, state.sequence
         if request.first_token_time is None:
             request.first_token_time = time.monotonic()
             self._num_prompt_tokens += len(request.prompt_token_ids)
-        pooling = state.sequence.pooling
-        if pooling is not None:
+        if sequence.pooling is not None:
             assert result.pooled is not None
-            request.embedding = pooling.finish(result.pooled[row])
+            request.embedding = sequence.pooling.finish(result.pooled[row])
             self._finish(state, "stop")
-            return
+            return True
         self._num_generation_tokens += 1
-        if state.sequence.params.logprobs is not None:
+        if sequence.params.logprobs is not None:
             assert result.logprobs is not None
             state.add_logprobs(result.logprobs, row, token_id, self.tokenizer)
         finish_reason = state.append(token_id)
         if finish_reason is not None:
             self._finish(state, finish_reason)
+        return finish_reason is not None
 
     def _take_prompt_logprobs(self, batch: Batch, result: StepResult) -> None:
         first_row = 0
@@ -351,7 +444,8 @@ class Engine:
             if self._wants_prompt_logprobs(scheduled):
                 state = self._states.get(scheduled.sequence.sequence_id)
                 # rows that are not finite are computed again, or their request ends
-                if state is not None and result.token_ids[row] != NOT_FINITE:
+                is_valid = scheduled.attempt == scheduled.sequence.attempt
+                if state is not None and is_valid and result.token_ids[0, row] != NOT_FINITE:
                     start, end = scheduled.start, scheduled.start + scheduled.num_tokens
                     state.request.add_prompt_logprobs(rows, first_row, start, end, self.tokenizer)
             first_row += scheduled.num_tokens
@@ -378,13 +472,14 @@ class Engine:
         self.last_error = f"{type(error).__name__}: {error}"
         logger.error("request %s failed", request.request.request_id, exc_info=error)
 
-    def _emit(self, requests: Iterable[RequestState], outputs: list[RequestOutput]) -> None:
-        """Adds what these requests have to send. Those that ended are forgotten."""
+    def _emit(self, requests: Iterable[RequestState]) -> None:
+        """Adds what these requests have to send to what step() returns. Those that ended are
+        forgotten."""
         now = time.monotonic()
         for state in requests:
             output = state.output(now)
             if output is not None:
-                outputs.append(output)
+                self._pending.append(output)
             if not state.num_unfinished:
                 del self._requests[state.request.request_id]
 
@@ -418,4 +513,5 @@ class Engine:
             step_seconds=self._step_seconds.stats(),
             step_tokens=self._step_tokens.stats(),
             runner=self.runner.figures(),
+            idle_seconds=self._idle_seconds,
         )

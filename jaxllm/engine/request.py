@@ -210,7 +210,7 @@ class SequenceState:
     """What the host keeps of one answer beside its Sequence: text and log-probabilities."""
 
     __slots__ = (
-        "_end_sent", "_lazy", "_max_tokens", "_num_pushed", "_num_sent", "_stop_ids", "_text_end",
+        "_end_sent", "_lazy", "_num_pushed", "_num_sent", "_stop_ids", "_text_end",
         "cumulative_logprob", "detokenizer", "logprobs", "request", "sequence",
     )  # fmt: skip
 
@@ -219,7 +219,6 @@ class SequenceState:
         request: RequestState,
         sequence: Sequence,
         detokenizer: Detokenizer | None,
-        max_model_len: int,
     ):
         params = sequence.params
         self.request = request
@@ -228,8 +227,6 @@ class SequenceState:
         self.logprobs: list[TokenLogprobs] = []
         self.cumulative_logprob = 0.0
         self._stop_ids = params.all_stop_token_ids(sequence.eos_token_ids)
-        room = max_model_len - sequence.num_prompt_tokens
-        self._max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         # Nobody sees the text before the end and nothing stops at it: detokenized in one go then.
         self._lazy = params.output_kind is RequestOutputKind.FINAL_ONLY and not params.stop
         self._num_pushed = 0
@@ -238,10 +235,9 @@ class SequenceState:
         self._end_sent = False
 
     def append(self, token_id: int) -> str | None:
-        """Takes the next token. Returns the finish reason if it is the last one."""
+        """Takes the first of the expected tokens. Returns the finish reason if it is the last."""
         sequence = self.sequence
-        sequence.token_ids.append(token_id)
-        num_output_tokens = len(sequence.token_ids) - sequence.num_prompt_tokens
+        num_output_tokens = sequence.take(token_id)
         if token_id in self._stop_ids and num_output_tokens >= sequence.params.min_tokens:
             return self._stop_at(token_id, num_output_tokens)
         if sequence.constraint is not None:
@@ -254,7 +250,8 @@ class SequenceState:
                 return "stop"
         if sequence.constraint is not None and sequence.constraint.is_complete:
             return "stop"
-        return "length" if num_output_tokens >= self._max_tokens else None
+        num_tokens = sequence.num_prompt_tokens + num_output_tokens
+        return "length" if num_tokens >= sequence.max_num_tokens else None
 
     def _stop_at(self, token_id: int, num_output_tokens: int) -> str:
         """A stop token stays in token_ids; its text is left out unless the request wants it."""
@@ -292,8 +289,9 @@ class SequenceState:
     def output(self, delta: bool) -> CompletionOutput | None:
         """The answer so far, or with delta what is new in it, None if nothing is."""
         sequence, start = self.sequence, 0
+        end = len(sequence.token_ids) - sequence.num_pending
         if delta:
-            start, self._num_sent = self._num_sent, sequence.num_output_tokens
+            start, self._num_sent = self._num_sent, end - sequence.num_prompt_tokens
             if start == self._num_sent and (sequence.finish_reason is None or self._end_sent):
                 return None
             self._end_sent = sequence.finish_reason is not None
@@ -304,7 +302,7 @@ class SequenceState:
         return CompletionOutput(
             sequence.index,
             text,
-            sequence.token_ids[sequence.num_prompt_tokens + start :],
+            sequence.token_ids[sequence.num_prompt_tokens + start : end],
             self.cumulative_logprob if wants_logprobs else None,
             self.logprobs[start:] if wants_logprobs else None,
             sequence.finish_reason,
@@ -349,23 +347,29 @@ class RequestState:
         if kind is RequestOutputKind.FINAL_ONLY and not finished:
             return None
         delta = kind is RequestOutputKind.DELTA
-        outputs = [state.output(delta) for state in self.sequences]
+        outputs = []
+        for state in self.sequences:
+            output = state.output(delta)
+            if output is not None:
+                outputs.append(output)
+        known = self.prompt_logprobs
         return RequestOutput(
             self.request.request_id,
             self.request.prompt,
             self.prompt_token_ids,
-            [output for output in outputs if output is not None],
+            outputs,
             finished,
-            self._prompt_logprobs_to_send(delta),
+            None if known is None else self._prompt_logprobs_to_send(known, delta),
             self.metrics(now if finished else None),
             self.sequences[0].sequence.num_cached_tokens,
             self.embedding,
         )
 
-    def _prompt_logprobs_to_send(self, delta: bool) -> list[TokenLogprobs | None] | None:
+    def _prompt_logprobs_to_send(
+        self, known: list[TokenLogprobs | None], delta: bool
+    ) -> list[TokenLogprobs | None] | None:
         """Once they are complete: with every output, or with delta once."""
-        known = self.prompt_logprobs
-        if known is None or len(known) < len(self.prompt_token_ids):
+        if len(known) < len(self.prompt_token_ids):
             return None
         if delta and self._prompt_logprobs_sent:
             return None

@@ -13,6 +13,11 @@ The rules, in order:
    and all blocks of the known tokens are free now, beyond a watermark of 1 % of the pool (at least
    a block). Nobody is admitted in a step that preempted. Both keep a sequence from going in and out
    of the pool. With nothing running there is no watermark, so admission cannot deadlock.
+4. A sequence that has all the tokens it may have, some of them perhaps still pending (ON_DEVICE),
+   is not scheduled; the result of the step under way ends it. One that was preempted while tokens
+   of it were pending is not admitted before they are known.
+5. Where all decode and nobody waits, the device decodes several tokens at a time. Blocks for them
+   are taken only from those that are free.
 A preempted sequence goes back to its place by the policy's order, ahead of all that came later, and
 is computed again, as far as the prefix cache has not kept it.
 """
@@ -22,6 +27,7 @@ from __future__ import annotations
 import heapq
 from bisect import insort
 from collections.abc import Callable, Iterable
+from itertools import islice
 
 from jaxllm.config import EngineConfig
 from jaxllm.engine.block_pool import BlockPool, extend_block_hashes
@@ -88,14 +94,21 @@ class Scheduler:
 
     round_budget: called with the number of tokens of a step that computes prompts; returns how many
     of them to take (a bucket's size), so that a bucket is filled instead of padded. The last
-    prompt's chunk is shortened to that, if at least one of its tokens remains.
+    prompt's chunk is shortened to that, if at least one of its tokens remains. max_steps: how many
+    tokens each of a number of sequences can decode in one dispatch; None: what the config allows.
     """
 
-    def __init__(self, config: EngineConfig, round_budget: Callable[[int], int] | None = None):
+    def __init__(
+        self,
+        config: EngineConfig,
+        round_budget: Callable[[int], int] | None = None,
+        max_steps: Callable[[int], int] | None = None,
+    ):
         self.config = config
         self.pool = BlockPool(config.num_blocks, config.block_size, config.enable_prefix_caching)
         self.num_preemptions = 0
         self._round_budget = round_budget
+        self._max_steps = max_steps
         self._key = _priority_key if config.policy == "priority" else _fcfs_key
         self._watermark = max(1, config.num_blocks // 100)
         self._clear()
@@ -126,23 +139,34 @@ class Scheduler:
         """Ends a sequence at any moment, whatever it is doing, and frees what it holds."""
         if sequence.status is SequenceStatus.RUNNING:
             self._running.remove(sequence)
+            # The last known token may be computed by a step whose result is not in yet.
+            computed = min(sequence.num_computed_tokens, sequence.num_known_tokens - 1)
+            self._register(sequence, computed, sequence.num_computed_tokens)
             self._release(sequence)
         elif sequence.status is SequenceStatus.WAITING:
             self._waiting.discard(sequence)
+        sequence.drop_pending()
         sequence.status = SequenceStatus.FINISHED
         sequence.finish_reason = reason
 
+    def distrust(self, sequence: Sequence) -> None:
+        """What the sequence computed is wrong: none of its blocks is found any more, even if they
+        are no longer its own."""
+        self.pool.forget_content(sequence.block_hashes)
+
     def isolate(self, sequence: Sequence) -> bool:
-        """What a running sequence computed is wrong, be it by its own fault or by that of one whose
-        blocks it shares. None of its blocks is found any more, and it is computed again without
-        sharing any. False, and only the former, if it shared none."""
-        for block in sequence.block_table:
-            self.pool.forget(block)
+        """What an unfinished sequence computed is wrong, be it by its own fault or by that of one
+        whose blocks it shares. None of its blocks is found any more, and it is computed again
+        without sharing any. False, and only the former, if it shared none."""
+        self.distrust(sequence)
         if sequence.is_isolated or not self.pool.enable_prefix_caching:
             return False
         sequence.is_isolated = True
-        self._running.remove(sequence)
-        self._preempt(sequence)
+        sequence.drop_pending()
+        sequence.attempt += 1
+        if sequence.status is SequenceStatus.RUNNING:
+            self._running.remove(sequence)
+            self._preempt(sequence)
         return True
 
     def restart(self, sequences: Iterable[Sequence]) -> None:
@@ -153,9 +177,11 @@ class Scheduler:
         for sequence in sequences:
             if sequence.status is SequenceStatus.RUNNING:
                 self._count_preemption(sequence)
+            sequence.drop_pending()
+            sequence.attempt += 1
             sequence.status = SequenceStatus.WAITING
             sequence.slot = -1
-            sequence.num_computed_tokens = 0
+            sequence.num_computed_tokens = sequence.num_registered_blocks = 0
             sequence.block_table.clear()
             self._waiting.add(sequence)
 
@@ -174,7 +200,48 @@ class Scheduler:
             num_tokens = self._shorten_last(chunks, num_tokens, self._round_budget(num_tokens))
         if not num_tokens:
             return None
-        return Batch(decodes + chunks, num_tokens, len(decodes))
+        num_steps = self._num_steps(decodes) if not chunks and not len(self._waiting) else 1
+        if num_steps > 1:
+            decodes = [self._several(row, num_steps) for row in decodes]
+        return Batch(decodes + chunks, num_tokens, len(decodes), num_steps)
+
+    def _num_steps(self, decodes: list[ScheduledSequence]) -> int:
+        """How many tokens the device decodes before the host sees them, while nobody waits for a
+        slot: as many as are allowed, are wanted, and find free blocks; nobody is preempted for
+        more than one."""
+        most, wanted = self.config.max_steps_per_dispatch, 1
+        if most > 1 and self._max_steps is not None:
+            most = self._max_steps(len(decodes))
+        if most == 1:
+            return 1
+        for sequence, *_ in decodes:
+            if sequence.is_host_bound or sequence.pooling is not None:
+                return 1
+            wanted = max(wanted, sequence.max_num_tokens - len(sequence.token_ids))
+        num_steps = min(most, wanted)
+        while num_steps > 1 and self._num_missing(decodes, num_steps) > self.pool.num_free_blocks:
+            num_steps -= 1
+        return num_steps
+
+    def _num_missing(self, decodes: list[ScheduledSequence], num_steps: int) -> int:
+        """Blocks that the sequences lack for so many tokens each."""
+        block_size = self.config.block_size
+        num_missing = 0
+        for sequence, start, *_ in decodes:
+            room = sequence.max_num_tokens - len(sequence.token_ids)
+            end = start + min(num_steps, room)
+            num_missing += -(-end // block_size) - len(sequence.block_table)
+        return num_missing
+
+    def _several(self, row: ScheduledSequence, num_steps: int) -> ScheduledSequence:
+        """The row with as many tokens to yield as the sequence may have, and blocks for them."""
+        sequence = row.sequence
+        samples = min(num_steps, sequence.max_num_tokens - len(sequence.token_ids))
+        end = sequence.num_computed_tokens = row.start + samples
+        num_missing = -(-end // self.config.block_size) - len(sequence.block_table)
+        if num_missing > 0:
+            sequence.block_table += self.pool.allocate(num_missing)
+        return ScheduledSequence(sequence, row.start, 1, samples, row.attempt)
 
     def _schedule_running(
         self, decodes: list[ScheduledSequence], chunks: list[ScheduledSequence]
@@ -187,20 +254,23 @@ class Scheduler:
         while index < len(running):  # preemption shortens the list from its end
             sequence = running[index]
             index += 1
-            start = sequence.num_computed_tokens
-            num_tokens = len(sequence.token_ids) - start
+            start, num_total = sequence.num_computed_tokens, len(sequence.token_ids)
+            num_tokens = num_total - start
+            if num_total >= sequence.max_num_tokens or not num_tokens:
+                continue  # the step under way ends it
             if num_tokens > 1:
                 num_tokens = min(num_tokens, budget - (len(running) - index))
             end = start + num_tokens
             num_missing = -(-end // block_size) - len(sequence.block_table)
             if num_missing > 0 and not self._take_blocks(sequence, num_missing):
                 break  # it was the youngest, and preempted itself
-            samples = end == len(sequence.token_ids)
-            scheduled = ScheduledSequence(sequence, start, num_tokens, samples)
+            samples = 1 if end == num_total else 0
+            scheduled = ScheduledSequence(sequence, start, num_tokens, samples, sequence.attempt)
             (decodes if samples and num_tokens == 1 else chunks).append(scheduled)
             sequence.num_computed_tokens = end
-            if start // block_size != end // block_size:
-                self._register(sequence, start, end)
+            num_full = min(end, num_total - sequence.num_pending) // block_size
+            if num_full > sequence.num_registered_blocks:
+                self._register(sequence, end, start)
             budget -= num_tokens
         return budget
 
@@ -226,23 +296,37 @@ class Scheduler:
         self.num_preemptions += 1
 
     def _release(self, sequence: Sequence) -> None:
+        """Frees slot and blocks at once, even if a step under way still uses them. Steps run in
+        the order of their dispatch, so what is handed out now is written after that step has run;
+        and what that step writes is in blocks that are not registered, or registered with just
+        that content (a prompt's chunk)."""
         self.pool.free(sequence.block_table)
         sequence.block_table.clear()
-        sequence.num_computed_tokens = 0
+        sequence.num_computed_tokens = sequence.num_registered_blocks = 0
         self._free_slots.append(sequence.slot)
         sequence.slot = -1
 
-    def _register(self, sequence: Sequence, start: int, end: int) -> None:
-        """Makes the blocks that this step fills findable, for others of this very step too."""
-        if not self.pool.enable_prefix_caching or sequence.is_isolated:
-            return
+    def _register(self, sequence: Sequence, end: int, fresh_from: int) -> None:
+        """Makes the full blocks of the first end tokens findable, for others of this very step too.
+        A block with a pending token has no hash yet; it is registered in a later call. This step
+        writes the tokens from fresh_from on."""
         block_size = self.config.block_size
-        hashes = sequence.block_hashes
-        extend_block_hashes(hashes, sequence.token_ids, block_size, sequence.cache_salt)
-        for index in range(start // block_size, end // block_size):
+        first, num_known = sequence.num_registered_blocks, sequence.num_known_tokens
+        num_full = sequence.num_registered_blocks = max(first, min(end, num_known) // block_size)
+        if first == num_full or not self.pool.enable_prefix_caching or sequence.is_isolated:
+            return
+        self._extend_hashes(sequence)
+        for index in range(first, num_full):
             block = sequence.block_table[index]
-            if self.pool.register(block, hashes[index]):
+            is_new = self.pool.register(block, sequence.block_hashes[index])
+            if is_new and index >= fresh_from // block_size:
                 self._fresh.add(block)
+
+    def _extend_hashes(self, sequence: Sequence) -> None:
+        extend_block_hashes(
+            sequence.block_hashes, sequence.token_ids, self.config.block_size, sequence.cache_salt,
+            sequence.num_known_tokens,
+        )  # fmt: skip
 
     def _admit(
         self, budget: int, decodes: list[ScheduledSequence], chunks: list[ScheduledSequence]
@@ -253,6 +337,8 @@ class Scheduler:
             if self.pool.num_free_blocks <= (self._watermark if self._running else 0):
                 break  # before any look-up: a full pool costs nothing
             sequence = self._waiting.first()
+            if sequence.num_pending:
+                break
             cached = self._cached_blocks(sequence)
             if not self._fits(sequence, cached):
                 break
@@ -262,12 +348,12 @@ class Scheduler:
             num_missing = -(-end // self.config.block_size) - len(cached)
             sequence.block_table += self.pool.allocate(num_missing)
             sequence.num_computed_tokens = end
-            samples = end == len(sequence.token_ids)
-            scheduled = ScheduledSequence(sequence, start, end - start, samples)
+            samples = 1 if end == len(sequence.token_ids) else 0
+            scheduled = ScheduledSequence(sequence, start, end - start, samples, sequence.attempt)
             # A row that reads blocks of this very step has to come after the rows that write them.
             is_decode = samples and end - start == 1 and self._fresh.isdisjoint(cached)
             (decodes if is_decode else chunks).append(scheduled)
-            self._register(sequence, start, end)
+            self._register(sequence, end, start)
             budget -= end - start
         return budget
 
@@ -278,10 +364,9 @@ class Scheduler:
             return []
         if _reads_whole_prompt(sequence):
             return []
-        block_size = self.config.block_size
-        hashes = sequence.block_hashes
-        extend_block_hashes(hashes, sequence.token_ids, block_size, sequence.cache_salt)
-        return self.pool.match_prefix(hashes[: (len(sequence.token_ids) - 1) // block_size])
+        self._extend_hashes(sequence)
+        num_blocks = (len(sequence.token_ids) - 1) // self.config.block_size
+        return self.pool.match_prefix(islice(sequence.block_hashes, num_blocks))
 
     def _fits(self, sequence: Sequence, cached: list[int]) -> bool:
         """Whether all known tokens find room, not only the first chunk's: else a long prompt would
@@ -302,6 +387,7 @@ class Scheduler:
         sequence.status = SequenceStatus.RUNNING
         sequence.slot = self._free_slots.pop()
         sequence.block_table += cached
+        sequence.num_registered_blocks = len(cached)
         insort(self._running, sequence, key=self._key)
         return start
 
@@ -320,5 +406,6 @@ class Scheduler:
         for index in range(new_end // block_size, old_end // block_size):
             self.pool.forget(sequence.block_table[index])
         sequence.num_computed_tokens = new_end  # its blocks stay, the next step fills them
-        chunks[-1] = ScheduledSequence(sequence, last.start, kept, samples=False)
+        sequence.num_registered_blocks = new_end // block_size
+        chunks[-1] = last._replace(num_tokens=kept, samples=0)
         return preferred

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from jaxllm.pooling_params import PoolingParams
 from jaxllm.sampling_params import SamplingParams
+
+ON_DEVICE = -1  # as a token id: what the sequence's slot sampled last, not yet known to the host
+NOT_LIMITED = 1 << 62
 
 
 class SequenceStatus(Enum):
@@ -42,6 +45,10 @@ class Sequence:
     the pool (or will be when the step under way ends), in the blocks of block_table:
     token i lies in block_table[i // B] at i % B. A sequence whose num_computed_tokens is
     len(token_ids) - 1 is decoding.
+
+    A dispatched step that samples appends ON_DEVICE for each token it will yield; its result
+    replaces them. The last num_pending of token_ids are such. Only what is known is shown to a
+    user, hashed, or written to a sampling table.
     """
 
     sequence_id: int  # unique within the engine, never reused
@@ -55,6 +62,8 @@ class Sequence:
     priority: int = 0
     arrival_time: float = 0.0
     cache_salt: str | None = None
+    max_num_tokens: int = NOT_LIMITED  # prompt and output; with so many it has ended
+    is_host_bound: bool = False  # yields one token a dispatch, see batch.is_host_bound
     pooling: PoolingParams | None = None  # given: it ends with its prompt, which it embeds
     constraint: Constraint | None = None
     status: SequenceStatus = SequenceStatus.WAITING
@@ -62,6 +71,9 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks, chained
     num_computed_tokens: int = 0
+    num_pending: int = 0
+    num_registered_blocks: int = 0  # the first ones of block_table, which the pool has been told of
+    attempt: int = 0  # raised when what steps under way yield for it must not be used
     num_cached_tokens: int = 0  # of the prompt, found in the pool at first admission
     num_preemptions: int = 0
     is_isolated: bool = False  # shares no blocks, neither as reader nor as writer
@@ -77,28 +89,59 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
+    def num_known_tokens(self) -> int:
+        return len(self.token_ids) - self.num_pending
+
+    @property
     def output_token_ids(self) -> list[int]:
-        return self.token_ids[self.num_prompt_tokens :]
+        """Those that are known."""
+        return self.token_ids[self.num_prompt_tokens : self.num_known_tokens]
+
+    def expect(self, count: int) -> None:
+        """A step that yields so many tokens was dispatched."""
+        if count == 1:
+            self.token_ids.append(ON_DEVICE)
+        else:
+            self.token_ids += [ON_DEVICE] * count
+        self.num_pending += count
+
+    def take(self, token_id: int) -> int:
+        """The first of the expected tokens is known. Returns the number of known output tokens."""
+        position = len(self.token_ids) - self.num_pending
+        self.token_ids[position] = token_id
+        self.num_pending -= 1
+        return position + 1 - self.num_prompt_tokens
+
+    def drop_pending(self) -> None:
+        """What is expected will not be used. Goes by the tokens: an interrupt may have come between
+        the two lines of `expect` or `take`."""
+        self.num_pending = 0
+        while self.token_ids and self.token_ids[-1] == ON_DEVICE:
+            self.token_ids.pop()
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledSequence:
-    """num_tokens query tokens of a sequence, from token start on. samples: the step computes the
-    last known token, so it yields the next one."""
+class ScheduledSequence(NamedTuple):
+    """num_tokens query tokens of a sequence, from token start on. samples: how many tokens the step
+    may yield for it; 0 unless it computes the last of token_ids. More than one only in a batch of
+    several steps, and fewer come only if the sequence ends with the last of them. attempt: the
+    sequence's, when it was scheduled."""
 
     sequence: Sequence
     start: int
     num_tokens: int
-    samples: bool
+    samples: int
+    attempt: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one step computes. Decoding sequences (one query token, sampling) come first."""
+    """What one step computes. Decoding sequences (one query token, sampling) come first. num_steps:
+    how often the device decodes before it returns; above 1 only if all sequences decode."""
 
     sequences: list[ScheduledSequence]
     num_tokens: int
     num_decodes: int
+    num_steps: int = 1
 
 
 @dataclass(frozen=True)
@@ -116,12 +159,12 @@ NOT_FINITE = -1  # as a sampled token
 
 @dataclass(frozen=True)
 class StepResult:
-    """Row i of token_ids and logprobs belongs to batch.sequences[i]; it means nothing where that
-    sequence does not sample, but NOT_FINITE says even there that its logits are not finite. Rows of
-    prompt_logprobs are the step's query tokens in batch order: row j is about the known token that
-    follows query token j."""
+    """Column i of token_ids and row i of logprobs belong to batch.sequences[i]. They mean nothing
+    where that sequence does not sample, but NOT_FINITE says even there that its logits are not
+    finite; nor do tokens after one that ends the sequence. Rows of prompt_logprobs are the step's
+    query tokens in batch order: row j is about the known token that follows query token j."""
 
-    token_ids: np.ndarray  # [number of scheduled sequences] int32
+    token_ids: np.ndarray  # [batch.num_steps, number of scheduled sequences] int32
     logprobs: LogprobRows | None = None  # None unless a sequence of the batch asked
     prompt_logprobs: LogprobRows | None = None
     pooled: np.ndarray | None = None  # [number of scheduled sequences, E] float32, if one embeds

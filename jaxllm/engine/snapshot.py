@@ -67,7 +67,7 @@ def take_snapshot(scheduler: Scheduler, num_generation_tokens: int) -> EngineSna
                 sequence.request_id,
                 sequence.index,
                 sequence.num_prompt_tokens,
-                sequence.num_output_tokens,
+                sequence.num_known_tokens - sequence.num_prompt_tokens,
                 sequence.slot,
                 tuple(sequence.block_table),
             )

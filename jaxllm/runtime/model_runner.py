@@ -17,6 +17,7 @@ import numpy as np
 from jaxllm.config import EngineConfig
 from jaxllm.engine.batch import BatchPacker, Bucket, PackedLayout, table_row
 from jaxllm.engine.sequence import Batch, LogprobRows, RunnerFigures, Sequence, StepResult
+from jaxllm.engine.timeline import Timeline
 from jaxllm.models.decoder import Model, Parameters
 from jaxllm.runtime import kv_cache, memory
 from jaxllm.runtime.buckets import MIN_ROWS, fitting, plan_buckets
@@ -66,7 +67,8 @@ class DeviceStep:
         """Waits for the tokens and fetches what the batch's sequences asked for."""
         num_seqs = len(self.batch.sequences)
         params = [s.sequence.params for s in self.batch.sequences]
-        tokens = np.asarray(self.outputs.tokens)[:num_seqs]
+        tokens = np.atleast_2d(np.asarray(self.outputs.tokens))
+        tokens = tokens[: self.batch.num_steps, :num_seqs]
         logprobs = prompt_logprobs = None
         if any(p.logprobs is not None for p in params):
             logprobs = _fetch(self.outputs.logprobs, num_seqs)
@@ -108,7 +110,8 @@ class ModelRunner:
         self._compiler = compiler
         self._options = options or StepOptions()
         self._on_demand = on_demand
-        self._layouts = {b: PackedLayout(b, config.max_blocks_per_seq) for b in self.buckets}
+        self.timeline: Timeline | None = None  # where steps are recorded
+        self._layouts = {bucket: self._layout(bucket) for bucket in self.buckets}
         self._packer = BatchPacker(config.max_num_seqs, config.max_blocks_per_seq)
         self._params: tuple[jax.Array, ...] | None = None  # the leaves, see make_step
         self._state: State | None = None
@@ -207,6 +210,10 @@ class ModelRunner:
 
         return sorted(self.buckets, key=rank)
 
+    def _layout(self, bucket: Bucket) -> PackedLayout:
+        max_steps = self.config.max_steps_per_dispatch if bucket.decode_only else 1
+        return PackedLayout(bucket, self.config.max_blocks_per_seq, max_steps)
+
     def _largest_bucket(self) -> Bucket:
         return max(self.buckets, key=lambda b: (not b.decode_only, b.num_tokens, b.num_seqs))
 
@@ -216,24 +223,38 @@ class ModelRunner:
         """Dispatches a step and returns at once."""
         assert self._params is not None, "set_parameters comes first"
         assert self._state is not None
+        started = time.monotonic()
         with self._compiler.guard():
             for sequence in self._packer.new_table_rows(batch):
                 self._write_table_row(sequence)
             bucket = self._choose(batch)
             packed = self._packer.pack(batch, self._layouts[bucket])
+            packed_time = time.monotonic()
             step = self._program(bucket)
             self._state, outputs = step(self._params, self._state, packed)
             if self.device.platform != "cpu":  # there the host reads them where they are
                 outputs.tokens.copy_to_host_async()
+        if self.timeline is not None:
+            self.timeline.record("pack", started, packed_time)
+            self.timeline.record("dispatch", packed_time, time.monotonic())
         if not self._on_demand:
             self._compiler.release()
         self._count(batch, bucket)
         return DeviceStep(batch, outputs)
 
+    def max_steps(self, num_seqs: int) -> int:
+        """How many tokens each of so many sequences can decode in one dispatch now: one while the
+        program that loops is not compiled."""
+        fits = self._fitting(num_seqs, num_seqs, True)
+        is_ready = any(b.decode_only and self._compiler.is_ready(b) for b in fits)
+        return self.config.max_steps_per_dispatch if is_ready else 1
+
     def _choose(self, batch: Batch) -> Bucket:
         """The least padded bucket among those that are compiled, else the one compiled next."""
         num_seqs = len(batch.sequences)
         fits = self._fitting(batch.num_tokens, num_seqs, batch.num_decodes == num_seqs)
+        if batch.num_steps > 1:
+            fits = [bucket for bucket in fits if bucket.decode_only]
         assert fits, f"no bucket holds {batch.num_tokens} tokens of {num_seqs} sequences"
         ready = next((b for b in fits if self._compiler.is_ready(b)), None)
         return ready or min(fits, key=self._order.index)
@@ -271,8 +292,11 @@ class ModelRunner:
 
     def _count(self, batch: Batch, bucket: Bucket) -> None:
         self.stats.num_steps += 1
-        self.stats.num_tokens += batch.num_tokens
-        self.stats.num_padded_tokens += bucket.num_tokens
+        num_tokens = batch.num_tokens
+        if batch.num_steps > 1:
+            num_tokens = sum(row.samples for row in batch.sequences)
+        self.stats.num_tokens += num_tokens
+        self.stats.num_padded_tokens += bucket.num_tokens * batch.num_steps
         self.stats.steps_by_bucket[bucket] += 1
 
 

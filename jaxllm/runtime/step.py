@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.config import ModelConfig
-from jaxllm.engine.batch import FLOAT_FIELDS, ON_DEVICE, ROW_FIELDS, PackedLayout
-from jaxllm.engine.sequence import NOT_FINITE
+from jaxllm.engine.batch import FLOAT_FIELDS, ROW_FIELDS, PackedLayout
+from jaxllm.engine.sequence import NOT_FINITE, ON_DEVICE
 from jaxllm.models.decoder import Model, Parameters
 from jaxllm.runtime import sampler
 from jaxllm.runtime.pooling import pool_hidden
@@ -49,7 +49,7 @@ def abstract_tables(
 class StepOutputs(NamedTuple):
     """What the host may fetch of a step."""
 
-    tokens: jax.Array  # [S] int32, NOT_FINITE where the logits are not finite
+    tokens: jax.Array  # [S] or [max_steps, S] int32, NOT_FINITE where the logits are not finite
     pooled: jax.Array  # [S, E] float32
     logprobs: Logprobs  # of S rows
     prompt_logprobs: Logprobs  # of T rows
@@ -77,44 +77,131 @@ def make_step(
     ) -> tuple[State, StepOutputs]:
         params = jax.tree.unflatten(tree, leaves)
         batch = unpack(packed, layout)
-        num_tokens = layout.bucket.num_tokens
-        rows = token_rows(
-            num_tokens, batch["seq_lens"], batch["query_start"], batch["distribution"]
-        )
-        token_ids = _known_or_sampled(batch, rows, state.last_tokens)
-        prompt_lens = batch["prompt_lens"][rows.sequence]
-        hidden, kv_pool = model.forward(
-            params,
-            token_ids,
-            rows.position,
-            jnp.maximum(prompt_lens, rows.position + 1),
-            state.kv_pool,
-            _attend(model, batch, layout, options),
-            num_tokens=batch["query_start"][-1],
-        )  # hidden: [T, E]
-        last_rows = jnp.maximum(batch["query_start"][1:] - 1, 0)
-        num_seqs = batch["distribution"][2]
-        logits = model.logits(params, hidden[last_rows], num_seqs)  # [S, V] float32
-
-        inputs = SamplingInputs(**{name: batch[name] for name in SamplingInputs._fields})
-        tokens = sampler.sample(logits, inputs, state.token_info, state.logit_bias, batch["slots"])
-        logprobs = jax.lax.cond(
-            jnp.any(batch["wants_logprobs"] > 0),
-            lambda: sampler.raw_logprobs(logits, tokens),
-            lambda: sampler.no_logprobs(tokens.shape[0]),
-        )
-        pooled, hidden_sums = pool_hidden(hidden, rows, batch, state.hidden_sums)
-        is_finite = jnp.all(jnp.isfinite(logits), axis=-1)  # [S]
-        outputs = StepOutputs(
-            jnp.where(is_finite, tokens, NOT_FINITE),
-            pooled,
-            logprobs,
-            _prompt_logprobs(model, params, hidden, token_ids, rows, batch, layout),
-        )
-        state = state._replace(kv_pool=kv_pool, hidden_sums=hidden_sums)
-        return _next_state(state, batch, tokens), outputs
+        compute = partial(_compute, model, params, layout, options)
+        if layout.max_steps > 1:
+            return _decode_several(compute, state, batch, layout)
+        return compute(state, batch)
 
     return step
+
+
+def _compute(
+    model: Model,
+    params: Parameters,
+    layout: PackedLayout,
+    options: StepOptions,
+    state: State,
+    batch: dict[str, jax.Array],
+) -> tuple[State, StepOutputs]:
+    """One forward pass over the batch, and a token of each of its sequences."""
+    num_tokens = layout.bucket.num_tokens
+    rows = token_rows(num_tokens, batch["seq_lens"], batch["query_start"], batch["distribution"])
+    token_ids = _known_or_sampled(batch, rows, state.last_tokens)
+    prompt_lens = batch["prompt_lens"][rows.sequence]
+    hidden, kv_pool = model.forward(
+        params,
+        token_ids,
+        rows.position,
+        jnp.maximum(prompt_lens, rows.position + 1),
+        state.kv_pool,
+        _attend(model, batch, layout, options),
+        num_tokens=batch["query_start"][-1],
+    )  # hidden: [T, E]
+    last_rows = jnp.maximum(batch["query_start"][1:] - 1, 0)
+    num_seqs = batch["distribution"][2]
+    logits = model.logits(params, hidden[last_rows], num_seqs)  # [S, V] float32
+
+    inputs = SamplingInputs(**{name: batch[name] for name in SamplingInputs._fields})
+    tokens = sampler.sample(logits, inputs, state.token_info, state.logit_bias, batch["slots"])
+    logprobs = jax.lax.cond(
+        jnp.any(batch["wants_logprobs"] > 0),
+        lambda: sampler.raw_logprobs(logits, tokens),
+        lambda: sampler.no_logprobs(tokens.shape[0]),
+    )
+    pooled, hidden_sums = pool_hidden(hidden, rows, batch, state.hidden_sums)
+    is_finite = jnp.all(jnp.isfinite(logits), axis=-1)  # [S]
+    outputs = StepOutputs(
+        jnp.where(is_finite, tokens, NOT_FINITE),
+        pooled,
+        logprobs,
+        _prompt_logprobs(model, params, hidden, token_ids, rows, batch, layout),
+    )
+    state = state._replace(kv_pool=kv_pool, hidden_sums=hidden_sums)
+    return _next_state(state, batch, tokens), outputs
+
+
+class _Loop(NamedTuple):
+    """What changes from one token to the next. outputs: but for its tokens, of the last step, which
+    is the only one where anybody asked for more than tokens."""
+
+    step: jax.Array  # [] int32
+    active: jax.Array  # [S] bool
+    token_ids: jax.Array  # [S] int32, of the next step
+    seq_lens: jax.Array  # [S] int32
+    output_lens: jax.Array  # [S] int32
+    tokens: jax.Array  # [max_steps, S] int32
+    state: State
+    outputs: StepOutputs
+
+
+def _decode_several(
+    compute: Callable[[State, dict[str, jax.Array]], tuple[State, StepOutputs]],
+    state: State,
+    batch: dict[str, jax.Array],
+    layout: PackedLayout,
+) -> tuple[State, StepOutputs]:
+    """Decodes until each row has as many tokens as it may have, or one that ends it.
+
+    A row that is done is computed again with the same token at the same place, which changes
+    nothing, until all are done. The tokens of a step beyond a row's end are 0.
+    """
+    assert layout.bucket.decode_only  # token i is the one of row i
+    num_seqs = layout.bucket.num_seqs
+
+    def goes_on(loop: _Loop) -> jax.Array:
+        return (loop.step < batch["num_steps"][0]) & jnp.any(loop.active)
+
+    def body(loop: _Loop) -> _Loop:
+        now = batch | {
+            "token_ids": loop.token_ids,
+            "seq_lens": loop.seq_lens,
+            "output_lens": loop.output_lens,
+            "samples": loop.active.astype(jnp.int32),
+        }
+        state, outputs = compute(loop.state, now)
+        tokens = outputs.tokens
+        is_stop = jnp.any(tokens[:, None] == batch["stop_ids"], axis=-1)
+        ends = is_stop & (loop.output_lens + 1 >= batch["min_tokens"]) | (tokens == NOT_FINITE)
+        active = loop.active & ~ends & (loop.step + 1 < batch["samples"])
+        return _Loop(
+            loop.step + 1,
+            active,
+            jnp.where(active, tokens, loop.token_ids),
+            loop.seq_lens + active,
+            loop.output_lens + active,
+            loop.tokens.at[loop.step].set(jnp.where(loop.active, tokens, 0)),
+            state,
+            outputs,
+        )
+
+    outputs = StepOutputs(
+        jnp.zeros(num_seqs, jnp.int32),
+        jnp.zeros((num_seqs, state.hidden_sums.shape[1]), jnp.float32),
+        sampler.no_logprobs(num_seqs),
+        sampler.no_logprobs(0),
+    )
+    sampled = state.last_tokens[batch["slots"]]
+    token_ids = jnp.where(batch["token_ids"] == ON_DEVICE, sampled, batch["token_ids"])
+    tokens = jnp.zeros((layout.max_steps, num_seqs), jnp.int32)
+    loop = jax.lax.while_loop(
+        goes_on,
+        body,
+        _Loop(
+            jnp.int32(0), batch["samples"] > 0, token_ids, batch["seq_lens"],
+            batch["output_lens"], tokens, state, outputs,
+        ),
+    )  # fmt: skip
+    return loop.state, loop.outputs._replace(tokens=loop.tokens)
 
 
 def unpack(packed: jax.Array, layout: PackedLayout) -> dict[str, jax.Array]:

@@ -72,7 +72,10 @@ class IncrementalDetokenizer:
     def take_delta(self) -> str:
         """The text that is new since the last call and can no longer change: the start of what may
         become a stop string waits. All deltas together are the final text."""
-        unsent = "".join(self._unsent)
+        unsent = self._unsent[0] if len(self._unsent) == 1 else "".join(self._unsent)
+        if not self._stop:
+            self._unsent.clear()
+            return unsent
         num_held = self._num_held_chars(unsent)
         cut = len(unsent) - num_held
         self._unsent = [unsent[cut:]] if num_held else []

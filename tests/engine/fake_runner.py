@@ -14,6 +14,7 @@ import numpy as np
 from jaxllm.config import EngineConfig
 from jaxllm.engine.sequence import (
     NOT_FINITE,
+    ON_DEVICE,
     Batch,
     LogprobRows,
     RunnerFigures,
@@ -25,6 +26,7 @@ from jaxllm.sampling_params import MAX_LOGPROBS
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
 EOS = len(LETTERS)
 VOCAB_SIZE = EOS + 1
+POISON, NONSENSE = -5, -6
 
 
 def ids(text: str) -> list[int]:
@@ -95,6 +97,8 @@ class FakeRunner:
         num_cells = self.config.num_blocks * self.config.block_size
         self._pool = np.full((num_cells, 3), -1, np.int64)  # token, position, salt
         self._hidden_sums = np.full((self.config.max_num_seqs, 2), np.nan)
+        self._ended: set[tuple[int, int]] = set()  # sequence_id, attempt
+        self._last_tokens = np.full(self.config.max_num_seqs, -99)
 
     def reset(self) -> None:
         self.num_resets += 1
@@ -109,27 +113,76 @@ class FakeRunner:
         self._check_batch(batch)
         self.on_batch(batch)
         written: set[int] = set()
-        token_ids, following, pooled = [], [], []
+        rows, following, pooled = [], [], []
         for scheduled in batch.sequences:
             sequence, start = scheduled.sequence, scheduled.start
             end = start + scheduled.num_tokens
-            cells = self._cells(sequence, end)
-            new = cells[start:].tolist()
+            token_ids = self._token_ids(sequence, end)
+            following += [*sequence.token_ids[start + 1 : end + 1], 0][: scheduled.num_tokens]
+            new = self._cells(sequence, end + max(0, scheduled.samples - 1))[start:].tolist()
             assert written.isdisjoint(new), "two sequences write the same place in one step"
             written.update(new)
             # In batch order: a row must not read what a later row writes.
-            expected = self._content(sequence, end)
-            self._pool[cells[start:]] = expected[start:]
-            np.testing.assert_array_equal(self._pool[cells], expected)
-            token = self.next_token(sequence) if scheduled.samples else -7
-            token_ids.append(token if self.is_ok(sequence) else NOT_FINITE)
-            pooled.append(self._pooled(sequence, start, expected[start:, :2]))
-            following += [*sequence.token_ids[start + 1 : end + 1], 0][: scheduled.num_tokens]
-        result = replace(
-            self._result(batch, token_ids, following),
-            pooled=np.array(pooled, np.float32),
-        )
+            view = replace(sequence, token_ids=token_ids, num_pending=0)
+            if (sequence.sequence_id, scheduled.attempt) in self._ended:
+                # What a loop ended is not known to the host yet. It writes and yields nonsense.
+                self._pool[new] = NONSENSE
+                rows.append([0])
+                pooled.append(np.zeros(2))
+                continue
+            is_ok = self._compute(view, start)
+            hidden = self._content(view, end)[start:, :2]
+            pooled.append(self._pooled(sequence, start, hidden))
+            rows.append(self._decode(view, scheduled.samples) if is_ok else [NOT_FINITE])
+            if len(rows[-1]) < scheduled.samples:
+                self._ended.add((sequence.sequence_id, scheduled.attempt))
+        columns = [row + [0] * (batch.num_steps - len(row)) for row in rows]
+        result = self._result(batch, np.array(columns, np.int32).T, following)
+        result = replace(result, pooled=np.array(pooled, np.float32))
         return FakeHandle(result, self.result_error())
+
+    def _token_ids(self, sequence: Sequence, end: int) -> list[int]:
+        """Those that the host knows, the others as the device has them: all but the last in the
+        pool, the last in the slot's state."""
+        num_known = min(end, sequence.num_known_tokens)
+        token_ids = sequence.token_ids[:num_known]
+        assert ON_DEVICE not in token_ids
+        if end > num_known:
+            cells = self._cells(sequence, end)
+            token_ids += self._pool[cells[num_known : end - 1], 0].tolist()
+            token_ids.append(int(self._last_tokens[sequence.slot]))
+        return token_ids
+
+    def _compute(self, view: Sequence, start: int) -> bool:
+        """Writes the tokens from start on and reads the whole context back. Whether it is finite;
+        what is computed from something that is not, is not either."""
+        end = len(view.token_ids)
+        cells, expected = self._cells(view, end), self._content(view, end)
+        if not self.is_ok(view) or (self._pool[cells[:start]] == POISON).any():
+            self._pool[cells[start:]] = POISON
+            return False
+        self._pool[cells[start:]] = expected[start:]
+        np.testing.assert_array_equal(self._pool[cells], expected)
+        return True
+
+    def is_poisoned(self, block: int) -> bool:
+        size = self.config.block_size
+        return bool((self._pool[block * size : (block + 1) * size] == POISON).any())
+
+    def _decode(self, view: Sequence, samples: int) -> list[int]:
+        """The tokens that a row yields: up to as many as asked for, or to one that ends it."""
+        tokens: list[int] = []
+        stops = view.params.all_stop_token_ids(view.eos_token_ids)
+        for index in range(samples):
+            if index:
+                view.token_ids.append(tokens[-1])
+                if not self._compute(view, len(view.token_ids) - 1):
+                    return [*tokens, NOT_FINITE]
+            tokens.append(self.next_token(view))
+            self._last_tokens[view.slot] = tokens[-1]
+            if tokens[-1] in stops and view.num_output_tokens + 1 >= view.params.min_tokens:
+                break
+        return tokens or [-7]
 
     def _pooled(self, sequence: Sequence, start: int, hidden: np.ndarray) -> np.ndarray:
         """[2]: of the last token, or the mean of all so far; only the slot's sums are at hand."""
@@ -151,11 +204,13 @@ class FakeRunner:
         return np.stack([np.array(sequence.token_ids[:end]), positions, np.full(end, salt)], axis=1)
 
     @staticmethod
-    def _result(batch: Batch, token_ids: list[int], following: list[int]) -> StepResult:
+    def _result(batch: Batch, token_ids: np.ndarray, following: list[int]) -> StepResult:
         params = [scheduled.sequence.params for scheduled in batch.sequences]
         return StepResult(
-            np.array(token_ids, np.int32),
-            fake_logprobs(token_ids) if any(p.logprobs is not None for p in params) else None,
+            token_ids,
+            fake_logprobs(token_ids[0].tolist())
+            if any(p.logprobs is not None for p in params)
+            else None,
             fake_logprobs(following)
             if any(p.prompt_logprobs is not None for p in params)
             else None,
@@ -172,8 +227,10 @@ class FakeRunner:
         for index, row in enumerate(rows):
             end = row.start + row.num_tokens
             assert row.num_tokens >= 1
-            assert end == row.sequence.num_computed_tokens
-            assert row.samples == (end == row.sequence.num_tokens)
+            assert max(end, row.start + row.samples) == row.sequence.num_computed_tokens
+            assert bool(row.samples) == (end == row.sequence.num_tokens)
+            assert row.samples <= batch.num_steps
+            assert row.sequence.num_tokens + row.samples <= row.sequence.max_num_tokens
             assert len(row.sequence.block_table) <= config.max_blocks_per_seq
             if index < batch.num_decodes:
                 assert row.num_tokens == 1

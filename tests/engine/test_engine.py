@@ -17,6 +17,7 @@ from jaxllm.text.tokenizer import Tokenizer
 CONFIG = EngineConfig(
     num_blocks=32, block_size=4, max_model_len=32, max_num_seqs=4, max_num_batched_tokens=16
 )
+SERIAL = replace(CONFIG, overlap=False)  # for what is counted in steps
 
 
 def letter_tokenizer():
@@ -319,7 +320,7 @@ def test_metrics_are_in_order_of_time():
 
 
 def test_abort_gives_a_final_output_in_the_next_step_and_spares_others():
-    engine = make_engine("abcdef")
+    engine = make_engine("abcdef", SERIAL)
     for request_id in "xyz":
         engine.add_request(make_request(request_id, max_tokens=3))
     engine.step()
@@ -343,16 +344,17 @@ def test_abort_before_the_first_step_and_of_the_only_request():
     assert reasons == ["abort", None, "length"]
 
 
-def test_abort_while_a_step_is_under_way():
+@pytest.mark.parametrize(("config", "tokens"), [(SERIAL, [0]), (CONFIG, [])])
+def test_abort_while_a_step_is_under_way(config, tokens):
     def after_dispatch():
         if len(runner.batches) == 2:
             engine.abort("x")
 
-    runner = FakeRunner(CONFIG, lambda sequence: 0, result_error=after_dispatch)
-    engine = make_engine(runner=runner)
+    runner = FakeRunner(config, lambda sequence: 0, result_error=after_dispatch)
+    engine = make_engine(config=config, runner=runner)
     outputs = run(engine, make_request("x", max_tokens=3), make_request("y", max_tokens=3))
     last = {out.request_id: out.outputs[0] for out in outputs}
-    assert (last["x"].token_ids, last["x"].finish_reason) == ([0], "abort")
+    assert (last["x"].token_ids, last["x"].finish_reason) == (tokens, "abort")
     assert (last["y"].token_ids, last["y"].finish_reason) == ([0, 0, 0], "length")
 
 
@@ -516,7 +518,7 @@ def test_numpy_prompts_are_taken():
 
 
 def test_a_full_queue_refuses_and_takes_again_later():
-    engine = make_engine("ab", max_num_waiting=2)
+    engine = make_engine("ab", SERIAL, max_num_waiting=2)
     for request_id in "xy":
         engine.add_request(make_request(request_id, max_tokens=2))
     with pytest.raises(QueueFullError, match="2 sequences are waiting"):
@@ -526,7 +528,7 @@ def test_a_full_queue_refuses_and_takes_again_later():
 
 
 def test_stats_count():
-    engine = make_engine("abcd")
+    engine = make_engine("abcd", SERIAL)
     assert engine.stats().median_host_seconds is None
     run(engine, make_request("x", max_tokens=4), make_request("y", prompt="ab", max_tokens=2))
     stats = engine.stats()
@@ -535,6 +537,7 @@ def test_stats_count():
     assert (stats.num_running, stats.num_waiting, stats.kv_usage) == (0, 0, 0.0)
     assert 0 < stats.median_host_seconds < 0.1
     assert len(engine._host_seconds) == 3
+    assert stats.idle_seconds == pytest.approx(sum(engine._host_seconds))
 
 
 def measure_host_seconds(output_kind=RequestOutputKind.CUMULATIVE):

@@ -34,7 +34,7 @@ def make_sequence(sequence_id, prompt, *, priority=0, arrival_time=None, **optio
 def rows(batch):
     """(sequence id, start, number of tokens, samples) of each row."""
     return [
-        (row.sequence.sequence_id, row.start, row.num_tokens, row.samples)
+        (row.sequence.sequence_id, row.start, row.num_tokens, bool(row.samples))
         for row in batch.sequences
     ]
 

@@ -13,7 +13,12 @@ from jaxllm.engine.histogram import Histogram
 from jaxllm.sampling_params import SamplingParams
 
 CONFIG = EngineConfig(
-    num_blocks=12, block_size=4, max_model_len=40, max_num_seqs=3, max_num_batched_tokens=16
+    num_blocks=12,
+    block_size=4,
+    max_model_len=40,
+    max_num_seqs=3,
+    max_num_batched_tokens=16,
+    overlap=False,
 )
 
 

@@ -13,14 +13,13 @@ from jaxllm.engine.batch import (
     IN_PROMPT,
     INT_FIELDS,
     IS_STOP,
-    ON_DEVICE,
     BatchPacker,
     Bucket,
     PackedLayout,
     table_row,
     uses_table,
 )
-from jaxllm.engine.sequence import Batch, ScheduledSequence, Sequence
+from jaxllm.engine.sequence import ON_DEVICE, Batch, ScheduledSequence, Sequence
 from jaxllm.runtime.step import unpack
 from jaxllm.sampling_params import SamplingParams
 
@@ -50,11 +49,11 @@ def sequence_of(
 def prefill(sequence: Sequence, start: int = 0, num_tokens: int | None = None) -> ScheduledSequence:
     num_tokens = sequence.num_tokens - start if num_tokens is None else num_tokens
     samples = start + num_tokens == sequence.num_tokens
-    return ScheduledSequence(sequence, start, num_tokens, samples)
+    return ScheduledSequence(sequence, start, num_tokens, int(samples))
 
 
 def decode(sequence: Sequence) -> ScheduledSequence:
-    return ScheduledSequence(sequence, sequence.num_tokens - 1, 1, True)
+    return ScheduledSequence(sequence, sequence.num_tokens - 1, 1, 1)
 
 
 def batch_of(*scheduled: ScheduledSequence, num_decodes: int = 0) -> Batch:
@@ -145,27 +144,25 @@ def test_seeds_travel_in_two_halves(packer: BatchPacker, seed: int) -> None:
     assert (low % 2**32) + (high % 2**32 << 32) == seed % 2**64
 
 
-def test_a_token_that_the_slot_sampled_stays_on_the_device(packer: BatchPacker) -> None:
+def test_a_token_that_the_host_does_not_know_stays_on_the_device(packer: BatchPacker) -> None:
     sequence = sequence_of(2)
     assert pack(packer, batch_of(prefill(sequence)))["token_ids"][:3].tolist() == [5, 6, 7]
-    for token in (8, 9):
-        sequence.token_ids.append(token)
+    for _ in range(2):
+        sequence.expect(1)
         views = pack(packer, batch_of(decode(sequence), num_decodes=1), DECODE)
         assert views["token_ids"][0] == ON_DEVICE
     assert views["output_lens"][0] == 2
     assert views["seq_lens"][0] == 5
 
 
-def test_a_token_of_the_host_is_sent(packer: BatchPacker) -> None:
-    """One query token without a step before it that sampled: the rest was in the prefix cache, or
-    the prompt's last chunk is one token long."""
+def test_a_token_that_the_host_knows_is_sent(packer: BatchPacker) -> None:
     cached = sequence_of(0, sequence_id=1)
     chunked = sequence_of(1, sequence_id=2)
     first = batch_of(prefill(cached, 2), prefill(chunked, 0, 2))
     assert pack(packer, first)["token_ids"][:3].tolist() == [7, 5, 6]
     cached.token_ids.append(9)
     second = batch_of(decode(cached), prefill(chunked, 2), num_decodes=2)
-    assert pack(packer, second, DECODE)["token_ids"][:2].tolist() == [ON_DEVICE, 7]
+    assert pack(packer, second, DECODE)["token_ids"][:2].tolist() == [9, 7]
 
 
 def test_rows_follow_the_batch_not_the_slots(packer: BatchPacker) -> None:
@@ -186,9 +183,9 @@ def test_a_slot_keeps_nothing_of_its_former_sequence(packer: BatchPacker) -> Non
     )  # fmt: skip
     pack(packer, batch_of(prefill(former)))
     successor = sequence_of(3, sequence_id=2, prompt=(1, 2, 3, 4), output=(9,), blocks=(6,))
-    views = pack(packer, batch_of(ScheduledSequence(successor, 3, 1, False)))
+    views = pack(packer, batch_of(ScheduledSequence(successor, 3, 1, 0)))
     fresh = pack(
-        BatchPacker(NUM_SLOTS, MAX_BLOCKS), batch_of(ScheduledSequence(successor, 3, 1, False))
+        BatchPacker(NUM_SLOTS, MAX_BLOCKS), batch_of(ScheduledSequence(successor, 3, 1, 0))
     )
     assert views["token_ids"][0] == 4  # not ON_DEVICE, though the slot sampled position 3
     assert views["block_tables"][0, 0] == 6

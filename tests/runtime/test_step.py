@@ -21,11 +21,11 @@ NUM_SLOTS, NUM_BLOCKS = 8, 4096
 
 
 def jitted_step(
-    bucket: Bucket, layer_loop: LayerLoop, dtype: Any, platform: str
+    bucket: Bucket, layer_loop: LayerLoop, dtype: Any, platform: str, max_steps: int = 1
 ) -> tuple[Any, tuple[Any, ...]]:
     """The step of a bucket, not yet compiled, and its abstract arguments."""
     model = Model(CONFIG, layer_loop=layer_loop, dtype=dtype)
-    layout = PackedLayout(bucket, max_blocks=32)
+    layout = PackedLayout(bucket, max_blocks=32, max_steps=max_steps)
     state = State(
         abstract_pool(CONFIG, NUM_BLOCKS, 16, dtype, platform),  # type: ignore[arg-type]
         *(
@@ -43,10 +43,10 @@ def jitted_step(
     return step, (tuple(jax.tree.leaves(model.abstract_parameters())), state, packed)
 
 
-@pytest.mark.parametrize("bucket", [DECODE, MIXED], ids=str)
+@pytest.mark.parametrize(("bucket", "max_steps"), [(DECODE, 1), (DECODE, 4), (MIXED, 1)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_the_pool_is_updated_in_place(bucket: Bucket, dtype: Any) -> None:
-    step, arguments = jitted_step(bucket, "switch", dtype, "cpu")
+def test_the_pool_is_updated_in_place(bucket: Bucket, max_steps: int, dtype: Any) -> None:
+    step, arguments = jitted_step(bucket, "switch", dtype, "cpu", max_steps)
     pool = arguments[1].kv_pool
     pool_bytes = pool.size * pool.dtype.itemsize  # 25 MiB or 50
     analysis = step.lower(*arguments).compile().memory_analysis()
@@ -54,10 +54,10 @@ def test_the_pool_is_updated_in_place(bucket: Bucket, dtype: Any) -> None:
     assert analysis.temp_size_in_bytes < pool_bytes / 8
 
 
-@pytest.mark.parametrize("bucket", [DECODE, MIXED], ids=str)
+@pytest.mark.parametrize(("bucket", "max_steps"), [(DECODE, 1), (DECODE, 4), (MIXED, 1)])
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
-def test_the_step_lowers_for_accelerators(bucket: Bucket, platform: str) -> None:
-    step, arguments = jitted_step(bucket, "scan", jnp.bfloat16, platform)
+def test_the_step_lowers_for_accelerators(bucket: Bucket, max_steps: int, platform: str) -> None:
+    step, arguments = jitted_step(bucket, "scan", jnp.bfloat16, platform, max_steps)
     text = step.trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
     assert "stablehlo.while" in text
     assert "tensor<3x4096x16x4x16xbf16>" in text  # the pool, in its own type
