@@ -1,42 +1,53 @@
 // Ragged paged attention over a pool of bfloat16, see ragged_paged_attention/api.py. Included once
 // for each instruction set.
 //
-// A task is a tile of query tokens of one sequence and one key head: R rows of queries against
-// chunks of kChunk keys with a running softmax. Keys are transposed as pairs of bfloat16, so that
-// lanes are keys and no sum crosses lanes; values are widened as they are read.
+// A task is a tile of query tokens of one sequence and some key heads: for each head, R rows of
+// queries against chunks of kChunk keys with a running softmax. Keys are transposed as pairs of
+// bfloat16, so that lanes are keys and no sum crosses lanes; values are widened as they are read.
 
 constexpr int kChunk = 4 * kLanes;     // keys at a time
 constexpr int kMaxRows = 48;           // query rows of a tile, unless one token's group has more
 constexpr int kRowBlock = 6;           // rows whose sums are in registers at a time
+constexpr int64_t kManyTiles = 16;     // of which each is one task
 constexpr float kMasked = -1e30f;      // finite: a row of masked positions must not become NaN
 
 struct Tile {
   const Attention& a;
-  int64_t sequence, head;       // key head
+  int64_t sequence;
+  int64_t first_head, num_heads;  // key heads
   int64_t first, num_tokens;    // query tokens of the batch
   int64_t first_position;       // of the first query token in its sequence
-  int64_t num_rows;             // num_tokens * group
+  int64_t num_rows;             // num_tokens * group, of one key head
 };
 
-// Buffers of one task; sizes in elements.
+// Buffers of one task; sizes in elements. Rows are those of the first head, then of the next.
 struct Scratch {
   std::vector<uint32_t> queries;  // [rows, D / 2]
-  std::vector<uint32_t> keys;     // [D / 2 rounded up to 16, kChunk]
-  std::vector<float> weights;     // [rows, kChunk]
+  std::vector<uint32_t> keys;     // [D / 2 rounded up to 16, kChunk], of one head
+  std::vector<float> weights;     // [rows of a head, kChunk]
   std::vector<float> sums;        // [rows, D rounded up to 16]
   std::vector<float> row_max, row_sum;
 };
 
+// Where the keys of a chunk are.
+struct Chunk {
+  const uint16_t* tokens[kChunk];  // all heads of a token; behind the last one that one again
+  int64_t start;
+  int n;
+};
+
 INLINE int64_t round_up(int64_t x, int64_t n) { return (x + n - 1) / n * n; }
 
-// Keys of a chunk as pairs, transposed: keys[pair][key]. All kChunk pointers can be read.
-void transpose_keys(const uint16_t* const rows[kChunk], int64_t num_pairs, uint32_t* keys) {
+// Keys of a chunk as pairs, transposed: keys[pair][key]. offset: of the head in a token.
+void transpose_keys(const Chunk& chunk, const Chunk* next, int64_t offset, int64_t num_pairs,
+                    uint32_t* keys) {
   for (int64_t pair = 0; pair < num_pairs; pair += kLanes) {
     const int64_t n = std::min<int64_t>(num_pairs - pair, kLanes);
     for (int key = 0; key < kChunk; key += kLanes) {
       U16 block[kLanes];
       for (int i = 0; i < kLanes; ++i) {
-        const uint16_t* source = rows[key + i] + 2 * pair;
+        const uint16_t* source = chunk.tokens[key + i] + offset + 2 * pair;
+        if (next) __builtin_prefetch(next->tokens[key + i] + offset + 2 * pair);
         if (n == kLanes) {
           block[i] = load_bits(source);
         } else {
@@ -74,9 +85,11 @@ INLINE void products(const uint32_t* queries, const uint32_t* keys, int64_t num_
   }
 }
 
-// sums[r] += weights[r] . values for R rows, over n keys.
+// sums[r] += weights[r] . values for R rows, over the keys of a chunk. Meanwhile the same head's keys
+// and values of the next chunk are fetched, a line with each line that is read: blocks lie anywhere,
+// so that the processor could not guess, and all at once would hold it up.
 template <int R>
-INLINE void add_values(const float* weights, const uint16_t* const rows[kChunk], int n,
+INLINE void add_values(const float* weights, const Chunk& chunk, const Chunk* next, int64_t offset,
                        int64_t head_dim, int64_t stride, float* sums) {
   for (int64_t d = 0; d < head_dim; d += 2 * kLanes) {
     const bool is_whole = d + 2 * kLanes <= head_dim;
@@ -87,8 +100,11 @@ INLINE void add_values(const float* weights, const uint16_t* const rows[kChunk],
       s[r][0] = load(sums + r * stride + d);
       s[r][1] = second > 0 ? load(sums + r * stride + d + kLanes) : F16{};
     }
-    for (int key = 0; key < n; ++key) {
-      const uint16_t* value = rows[key] + d;
+    for (int key = 0; key < chunk.n; ++key) {
+      const uint16_t* value = chunk.tokens[key] + offset + d;
+      if (next) {
+        __builtin_prefetch(next->tokens[key] + offset + d);
+      }
       const F16 v0 = is_whole ? load_bf16(value) : load_bf16(value, first);
       const F16 v1 = is_whole ? load_bf16(value + kLanes) : load_bf16(value + first, second);
 #pragma GCC unroll 6
@@ -116,26 +132,24 @@ void products_of(const uint32_t* queries, const uint32_t* keys, int64_t num_pair
 }
 
 template <int R>
-void add_values_of(const float* weights, const uint16_t* const rows[kChunk], int n,
+void add_values_of(const float* weights, const Chunk& chunk, const Chunk* next, int64_t offset,
                    int64_t head_dim, int64_t stride, float* sums, int64_t num_rows) {
   if constexpr (R > 1) {
     if (num_rows < R)
-      return add_values_of<R - 1>(weights, rows, n, head_dim, stride, sums, num_rows);
+      return add_values_of<R - 1>(weights, chunk, next, offset, head_dim, stride, sums, num_rows);
   }
-  add_values<R>(weights, rows, n, head_dim, stride, sums);
+  add_values<R>(weights, chunk, next, offset, head_dim, stride, sums);
 }
 
-// Products become weights e^(x - max) of the keys that a row sees; what the row has so far is
-// brought to the new maximum.
-INLINE void soften(const Tile& t, int64_t row, int64_t chunk_start, Scratch& scratch,
-                   int64_t stride) {
+// Products become weights e^(x - max) of the keys that a row sees; what the row has so far, in sums,
+// is brought to the new maximum. row: of the head.
+INLINE void soften(const Tile& t, int64_t row, int64_t chunk_start, float scale, float* weights,
+                   float& row_max, float& row_sum, float* sums, int64_t stride) {
   const Attention& a = t.a;
   const int64_t position = t.first_position + row / a.group;
   const int64_t oldest = a.window > 0 ? position - a.window + 1 : 0;
-  float* weights = scratch.weights.data() + row * kChunk;
   const I16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   F16 x[kChunk / kLanes], best = broadcast(kMasked);
-  const float scale = a.scale * a.k_scale[t.head];
   for (int i = 0; i < kChunk / kLanes; ++i) {
     x[i] = load(weights + i * kLanes) * scale;
     if (a.soft_cap > 0) {
@@ -147,81 +161,96 @@ INLINE void soften(const Tile& t, int64_t row, int64_t chunk_start, Scratch& scr
     x[i] = sees ? x[i] : broadcast(kMasked);
     best = max16(best, x[i]);
   }
-  const float old_max = scratch.row_max[row], new_max = std::max(old_max, reduce_max(best));
+  const float new_max = std::max(row_max, reduce_max(best));
   F16 sum = F16{};
   for (int i = 0; i < kChunk / kLanes; ++i) {
     const F16 w = exp16(x[i] - new_max);
     store(weights + i * kLanes, w);
     sum += w;
   }
-  const float kept = std::exp(old_max - new_max);
-  scratch.row_max[row] = new_max;
-  scratch.row_sum[row] = scratch.row_sum[row] * kept + reduce_sum(sum);
-  float* sums = scratch.sums.data() + row * stride;
+  const float kept = std::exp(row_max - new_max);
+  row_max = new_max;
+  row_sum = row_sum * kept + reduce_sum(sum);
   for (int64_t d = 0; d < stride; d += kLanes) store(sums + d, load(sums + d) * kept);
 }
 
-// Where the keys of a chunk are, their values behind them; behind the end the last one again. The
-// memory is fetched meanwhile: blocks lie anywhere, so that the processor could not guess.
-void find_keys(const Tile& t, int64_t start, int64_t end, const uint16_t* keys[kChunk]) {
+void find_chunk(const Tile& t, int64_t start, int64_t end, Chunk& chunk) {
   const Attention& a = t.a;
   const int32_t* table = a.block_tables + t.sequence * a.max_blocks;
-  const int64_t n = std::min<int64_t>(end - start, kChunk);
+  chunk.start = start;
+  chunk.n = std::min<int64_t>(end - start, kChunk);
   int64_t block = start / a.block_size, offset = start % a.block_size;
-  for (int i = 0; i < kChunk; ++i) {
-    if (i >= n) {
-      keys[i] = keys[n - 1];
-      continue;
-    }
-    keys[i] = a.place(table[block], offset) + 2 * t.head * a.head_dim;
-    for (int64_t d = 0; d < 2 * a.head_dim; d += 32) __builtin_prefetch(keys[i] + d);
+  for (int i = 0; i < chunk.n; ++i) {
+    chunk.tokens[i] = a.place(table[block], offset);
     if (++offset == a.block_size) ++block, offset = 0;
+  }
+  for (int i = chunk.n; i < kChunk; ++i) chunk.tokens[i] = chunk.tokens[chunk.n - 1];
+}
+
+INLINE void start_rows(const Tile& t, int64_t num_pairs, int64_t stride, Scratch& s) {
+  const Attention& a = t.a;
+  const int64_t all_rows = t.num_heads * t.num_rows;
+  s.queries.resize(all_rows * num_pairs);
+  s.keys.resize(round_up(num_pairs, kLanes) * kChunk);
+  s.weights.resize(t.num_rows * kChunk);
+  s.sums.assign(all_rows * stride, 0.0f);
+  s.row_max.assign(all_rows, kMasked);
+  s.row_sum.assign(all_rows, 0.0f);
+  for (int64_t row = 0; row < all_rows; ++row) {
+    const int64_t r = row % t.num_rows;
+    const int64_t head = (t.first_head + row / t.num_rows) * a.group + r % a.group;
+    std::memcpy(s.queries.data() + row * num_pairs,
+                a.q + ((t.first + r / a.group) * a.num_heads + head) * a.head_dim,
+                a.head_dim * sizeof(uint16_t));
+    if (a.sinks) s.row_max[row] = a.sinks[head], s.row_sum[row] = 1.0f;
+  }
+}
+
+INLINE void attend_chunk(const Tile& t, const Chunk& chunk, const Chunk* next, int64_t num_pairs,
+                         int64_t stride, Scratch& s) {
+  const Attention& a = t.a;
+  for (int64_t h = 0; h < t.num_heads; ++h) {
+    const int64_t head = t.first_head + h, offset = 2 * head * a.head_dim;
+    const int64_t first_row = h * t.num_rows;
+    const float scale = a.scale * a.k_scale[head];
+    const uint32_t* queries = s.queries.data() + first_row * num_pairs;
+    float* sums = s.sums.data() + first_row * stride;
+    transpose_keys(chunk, next, offset, num_pairs, s.keys.data());
+    for (int64_t r = 0; r < t.num_rows; r += kRowBlock)
+      products_of<kRowBlock>(queries + r * num_pairs, s.keys.data(), num_pairs,
+                             s.weights.data() + r * kChunk, t.num_rows - r);
+    for (int64_t r = 0; r < t.num_rows; ++r)
+      soften(t, r, chunk.start, scale, s.weights.data() + r * kChunk, s.row_max[first_row + r],
+             s.row_sum[first_row + r], sums + r * stride, stride);
+    for (int64_t r = 0; r < t.num_rows; r += kRowBlock)
+      add_values_of<kRowBlock>(s.weights.data() + r * kChunk, chunk, r == 0 ? next : nullptr,
+                               offset + a.head_dim, a.head_dim, stride, sums + r * stride,
+                               t.num_rows - r);
   }
 }
 
 void attend(const Tile& t, Scratch& s) {
   const Attention& a = t.a;
   const int64_t num_pairs = a.head_dim / 2, stride = round_up(a.head_dim, kLanes);
-  s.queries.resize(t.num_rows * num_pairs);
-  s.keys.resize(round_up(num_pairs, kLanes) * kChunk);
-  s.weights.resize(t.num_rows * kChunk);
-  s.sums.assign(t.num_rows * stride, 0.0f);
-  s.row_max.assign(t.num_rows, kMasked);
-  s.row_sum.assign(t.num_rows, 0.0f);
-  for (int64_t r = 0; r < t.num_rows; ++r) {
-    const int64_t head = t.head * a.group + r % a.group;
-    std::memcpy(s.queries.data() + r * num_pairs,
-                a.q + ((t.first + r / a.group) * a.num_heads + head) * a.head_dim,
-                a.head_dim * sizeof(uint16_t));
-    if (a.sinks) s.row_max[r] = a.sinks[head], s.row_sum[r] = 1.0f;
-  }
+  start_rows(t, num_pairs, stride, s);
   const int64_t end = t.first_position + t.num_tokens;  // positions seen by the last query
   const int64_t oldest = a.window > 0 ? std::max<int64_t>(t.first_position - a.window + 1, 0) : 0;
-  const int64_t first = oldest / kChunk * kChunk;
-  const uint16_t *keys[kChunk], *values[kChunk], *next_keys[kChunk];
-  find_keys(t, first, end, next_keys);
-  for (int64_t start = first; start < end; start += kChunk) {
-    const int n = std::min<int64_t>(end - start, kChunk);
-    for (int i = 0; i < kChunk; ++i) {
-      keys[i] = next_keys[i];
-      values[i] = keys[i] + a.head_dim;
-    }
-    if (start + kChunk < end) find_keys(t, start + kChunk, end, next_keys);
-    transpose_keys(keys, num_pairs, s.keys.data());
-    for (int64_t r = 0; r < t.num_rows; r += kRowBlock)
-      products_of<kRowBlock>(s.queries.data() + r * num_pairs, s.keys.data(), num_pairs,
-                             s.weights.data() + r * kChunk, t.num_rows - r);
-    for (int64_t r = 0; r < t.num_rows; ++r) soften(t, r, start, s, stride);
-    for (int64_t r = 0; r < t.num_rows; r += kRowBlock)
-      add_values_of<kRowBlock>(s.weights.data() + r * kChunk, values, n, a.head_dim, stride,
-                               s.sums.data() + r * stride, t.num_rows - r);
-  }
-  for (int64_t r = 0; r < t.num_rows; ++r) {
-    const int64_t head = t.head * a.group + r % a.group;
+  Chunk chunk, next;
+  find_chunk(t, oldest / kChunk * kChunk, end, next);
+  bool is_last;
+  do {
+    chunk = next;
+    is_last = chunk.start + kChunk >= end;
+    if (!is_last) find_chunk(t, chunk.start + kChunk, end, next);
+    attend_chunk(t, chunk, is_last ? nullptr : &next, num_pairs, stride, s);
+  } while (!is_last);
+  for (int64_t row = 0; row < t.num_heads * t.num_rows; ++row) {
+    const int64_t r = row % t.num_rows, key_head = t.first_head + row / t.num_rows;
+    const int64_t head = key_head * a.group + r % a.group;
     uint16_t* out = a.out + ((t.first + r / a.group) * a.num_heads + head) * a.head_dim;
-    const float factor = a.v_scale[t.head] / s.row_sum[r];
+    const float factor = a.v_scale[key_head] / s.row_sum[row];
     for (int64_t d = 0; d < a.head_dim; d += kLanes)
-      store_columns(out + d, load(s.sums.data() + r * stride + d) * factor, a.head_dim - d);
+      store_columns(out + d, load(s.sums.data() + row * stride + d) * factor, a.head_dim - d);
   }
 }
 
@@ -233,13 +262,16 @@ void attention(const Attention& a, const ParallelFor& parallel_for) {
       tiles.emplace_back(s, t);
   // the last tiles of a prompt see most: they come first, so that no thread is left with one
   std::reverse(tiles.begin(), tiles.end());
-  parallel_for(tiles.size() * a.num_kv_heads, [&](int64_t task) {
+  // All heads of a token lie together, so one task reads them where there are tiles enough.
+  const bool is_shared = static_cast<int64_t>(tiles.size()) < kManyTiles;
+  const int64_t heads = is_shared ? 1 : a.num_kv_heads, groups = a.num_kv_heads / heads;
+  parallel_for(tiles.size() * groups, [&](int64_t task) {
     static thread_local Scratch scratch;
-    const auto [s, first] = tiles[task / a.num_kv_heads];
+    const auto [s, first] = tiles[task / groups];
     const int64_t end = a.query_start[s + 1];
     const int64_t num_tokens = std::min(tile_tokens, end - first);
     const int64_t position = a.seq_lens[s] - (end - first);
-    attend({a, s, task % a.num_kv_heads, first, num_tokens, position, num_tokens * a.group},
+    attend({a, s, task % groups * heads, heads, first, num_tokens, position, num_tokens * a.group},
            scratch);
   });
 }

@@ -88,7 +88,7 @@ INLINE float reduce_sum(F16 x) {
 // rows[i][j] becomes rows[j][i].
 INLINE void transpose(U16 rows[kLanes]) {
 #define JAXLLM_STAGE(WIDTH, LOW, HIGH)                         \
-  for (int i = 0; i < kLanes; ++i)                             \
+  _Pragma("GCC unroll 16") for (int i = 0; i < kLanes; ++i)                             \
     if (!(i & WIDTH)) {                                        \
       const U16 a = rows[i], b = rows[i + WIDTH];              \
       rows[i] = __builtin_shuffle(a, b, (I16)LOW);             \
