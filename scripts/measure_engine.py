@@ -56,8 +56,8 @@ def host(model: str, cache_dir: str) -> Figures:
         step_seconds = (time.perf_counter() - started) / len(packing)
         # the last steps only decode; all four lists end with the same one
         engine: Any = llm.engine
-        before = list(engine._host_seconds)[-NUM_DECODES:]
-        execute = list(engine._dispatch_seconds)[-NUM_DECODES:]
+        before = list(engine.meter.host_seconds)[-NUM_DECODES:]
+        execute = list(engine.meter.dispatch_seconds)[-NUM_DECODES:]
     between = [sum(pair) for pair in zip(before, execute, strict=True)]
     figures = {
         "between_two_steps_ms": between,

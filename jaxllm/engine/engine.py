@@ -15,12 +15,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from statistics import median
 from typing import TYPE_CHECKING
 
 from jaxllm.config import EngineConfig
 from jaxllm.engine.batch import is_host_bound
-from jaxllm.engine.histogram import Histogram, HistogramStats
 from jaxllm.engine.request import (
     Detokenizer,
     QueueFullError,
@@ -34,7 +32,6 @@ from jaxllm.engine.sequence import (
     NOT_LIMITED,
     Batch,
     Runner,
-    RunnerFigures,
     ScheduledSequence,
     Sequence,
     SequenceStatus,
@@ -42,7 +39,8 @@ from jaxllm.engine.sequence import (
     StepResult,
 )
 from jaxllm.engine.snapshot import EngineSnapshot, take_snapshot
-from jaxllm.engine.timeline import DEVICE, Timeline
+from jaxllm.engine.stats import EngineStats, StepMeter
+from jaxllm.engine.timeline import Timeline
 from jaxllm.outputs import RequestOutput
 from jaxllm.request_error import RequestError
 
@@ -52,44 +50,6 @@ if TYPE_CHECKING:
 __all__ = ["Engine", "EngineSnapshot", "EngineStats", "QueueFullError", "Request"]
 
 logger = logging.getLogger(__name__)
-
-NUM_TIMES_KEPT = 1000  # for the medians of stats()
-STEP_SECONDS = (
-    0.001, 0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08,
-    0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0,
-)  # fmt: skip
-STEP_TOKENS = tuple(float(2**i) for i in range(15))
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """Counters since the start, and the state of this moment.
-
-    prefix_queries and prefix_hits are tokens. median_host_seconds: from a step's result on the host
-    to the next call of the runner (with overlap the device works meanwhile);
-    median_dispatch_seconds: that call (packing, copy, dispatch). Both over the last 1,000 steps,
-    None before there are any. step_seconds: from the call of the runner, or with overlap from the
-    result of the step before if that came later, to the result on the host. idle_seconds: time in
-    which no step was under way although there was something to compute.
-    """
-
-    num_running: int
-    num_waiting: int
-    kv_usage: float
-    prefix_queries: int
-    prefix_hits: int
-    num_preemptions: int
-    num_prompt_tokens: int  # of the requests that have their first token
-    num_generation_tokens: int
-    num_computed_tokens: int  # all that the steps computed, recomputation included
-    num_steps: int
-    num_failed_steps: int
-    median_host_seconds: float | None
-    median_dispatch_seconds: float | None
-    step_seconds: HistogramStats
-    step_tokens: HistogramStats
-    runner: RunnerFigures
-    idle_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +101,7 @@ class Engine:
         self.eos_token_ids = tuple(eos_token_ids)
         self.max_num_waiting = max_num_waiting
         self.scheduler = Scheduler(config, round_budget, max_steps)
-        self.timeline = timeline
+        self.meter = StepMeter(timeline)
         self.last_error: str | None = None
         self._requests: dict[str, RequestState] = {}
         self._states: dict[int, SequenceState] = {}  # by sequence_id, unfinished ones
@@ -149,14 +109,7 @@ class Engine:
         self._under_way: deque[_StepUnderWay] = deque()  # between two calls of step() at most one
         self._next_sequence_id = 0
         self._random = random.Random(config.seed)
-        self._num_prompt_tokens = self._num_generation_tokens = self._num_computed_tokens = 0
-        self._num_steps = self._num_failed_steps = 0
-        self._idle_seconds = 0.0
-        self._result_time: float | None = None  # None after idling, which is not host time
-        self._host_seconds: deque[float] = deque(maxlen=NUM_TIMES_KEPT)
-        self._dispatch_seconds: deque[float] = deque(maxlen=NUM_TIMES_KEPT)
-        self._step_seconds = Histogram(STEP_SECONDS)
-        self._step_tokens = Histogram(STEP_TOKENS)
+        self._num_prompt_tokens = self._num_generation_tokens = 0
 
     def check(self, request: Request) -> list[int]:
         """The request's prompt as a list of ints. Raises ValueError if it can never be served."""
@@ -274,7 +227,7 @@ class Engine:
         try:
             started = time.monotonic()
             batch, num_left = self.scheduler.schedule(), 0
-            self._record("schedule", started)
+            self.meter.record("schedule", started)
             if batch is not None:
                 self._dispatch(batch)
                 num_left = int(self.config.overlap and not self._under_way[-1].needs_host)
@@ -287,10 +240,6 @@ class Engine:
 
     def _dispatch(self, batch: Batch) -> None:
         now = time.monotonic()
-        if self._result_time is not None:
-            self._host_seconds.append(now - self._result_time)
-            if not self._under_way:
-                self._idle_seconds += now - self._result_time
         needs_host = False
         try:
             handle: StepHandle = self.runner.execute(batch)
@@ -302,7 +251,7 @@ class Engine:
                     sequence.expect(samples)
                     if sequence.constraint is not None:
                         needs_host = True
-        self._dispatch_seconds.append(time.monotonic() - now)
+        self.meter.dispatched(now, is_device_idle=not self._under_way)
         self._under_way.append(_StepUnderWay(batch, handle, now, needs_host))
 
     def _take_result(self, step: _StepUnderWay) -> None:
@@ -314,34 +263,16 @@ class Engine:
             self._fail(step.batch, error)
             return
         now = time.monotonic()
-        started = step.dispatch_time
-        if self._result_time is not None:
-            started = max(started, self._result_time)
-        self._result_time = now
-        if self.timeline is not None:
-            self.timeline.record("wait", waited, now)
-            self.timeline.record(DEVICE, started, now)
-        self._num_steps += 1
-        num_tokens = step.batch.num_tokens
-        if step.batch.num_steps > 1:
-            num_tokens = sum(row.samples for row in step.batch.sequences)
-        self._num_computed_tokens += num_tokens
-        self._step_seconds.observe(now - started)
-        self._step_tokens.observe(num_tokens)
+        self.meter.finished(step.batch, step.dispatch_time, waited, now)
         self._postprocess(step, result)
-        self._record("postprocess", now)
-
-    def _record(self, name: str, start: float) -> None:
-        """On the timeline, if there is one: what began at this time has ended."""
-        if self.timeline is not None:
-            self.timeline.record(name, start, time.monotonic())
+        self.meter.record("postprocess", now)
 
     def _fail(self, batch: Batch, error: Exception) -> None:
         """Ends the batch's sequences; everything else that runs loses its keys and values too, and
         what is under way is computed again."""
         logger.error("a step of %d sequences failed", len(batch.sequences), exc_info=error)
         self.last_error = f"{type(error).__name__}: {error}"
-        self._num_failed_steps += 1
+        self.meter.num_failed_steps += 1
         touched: dict[RequestState, None] = {}
         for scheduled in batch.sequences:
             state = self._states.get(scheduled.sequence.sequence_id)
@@ -355,7 +286,7 @@ class Engine:
         """Nothing on the device is relied on any more, and a step may have been interrupted
         anywhere: unfinished sequences start over, finished requests are sent."""
         self._under_way.clear()
-        self._result_time = None
+        self.meter.result_time = None
         self._states.clear()
         for request in self._requests.values():
             unfinished = [
@@ -393,12 +324,12 @@ class Engine:
             except Exception as error:
                 self._log_fault(request, error)
                 self._finish(state, "error")
-            if request.last_step != self._num_steps:
-                request.last_step = self._num_steps
+            if request.last_step != self.meter.num_steps:
+                request.last_step = self.meter.num_steps
                 touched.append(request)
         self._emit(touched)
         if not self._requests:
-            self._result_time = None
+            self.meter.result_time = None
 
     def _take_row(
         self, state: SequenceState, row: int, token_ids: list[int], samples: int, result: StepResult
@@ -493,7 +424,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """The engine's counters; cheap enough for every scrape, not for every step."""
-        scheduler, pool = self.scheduler, self.scheduler.pool
+        scheduler, pool, meter = self.scheduler, self.scheduler.pool, self.meter
         return EngineStats(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
@@ -503,15 +434,13 @@ class Engine:
             num_preemptions=scheduler.num_preemptions,
             num_prompt_tokens=self._num_prompt_tokens,
             num_generation_tokens=self._num_generation_tokens,
-            num_computed_tokens=self._num_computed_tokens,
-            num_steps=self._num_steps,
-            num_failed_steps=self._num_failed_steps,
-            median_host_seconds=median(self._host_seconds) if self._host_seconds else None,
-            median_dispatch_seconds=(
-                median(self._dispatch_seconds) if self._dispatch_seconds else None
-            ),
-            step_seconds=self._step_seconds.stats(),
-            step_tokens=self._step_tokens.stats(),
+            num_computed_tokens=meter.num_computed_tokens,
+            num_steps=meter.num_steps,
+            num_failed_steps=meter.num_failed_steps,
+            median_host_seconds=meter.median_host_seconds,
+            median_dispatch_seconds=meter.median_dispatch_seconds,
+            step_seconds=meter.step_seconds.stats(),
+            step_tokens=meter.step_tokens.stats(),
             runner=self.runner.figures(),
-            idle_seconds=self._idle_seconds,
+            idle_seconds=meter.idle_seconds,
         )

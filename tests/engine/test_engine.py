@@ -536,8 +536,8 @@ def test_stats_count():
     assert stats.num_computed_tokens == 5 + 6 - 2, "the last token of each is not computed"
     assert (stats.num_running, stats.num_waiting, stats.kv_usage) == (0, 0, 0.0)
     assert 0 < stats.median_host_seconds < 0.1
-    assert len(engine._host_seconds) == 3
-    assert stats.idle_seconds == pytest.approx(sum(engine._host_seconds))
+    assert len(engine.meter.host_seconds) == 3
+    assert stats.idle_seconds == pytest.approx(sum(engine.meter.host_seconds))
 
 
 def measure_host_seconds(output_kind=RequestOutputKind.CUMULATIVE):
