@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 
 from jaxllm.config import EngineConfig, ModelConfig, ModelError
 from jaxllm.engine.engine import Engine
@@ -169,9 +170,11 @@ def start_engine(model_name: str, options: EngineOptions) -> RunningEngine:
     plan = _memory_plan(model, config, runner)
     logger.info("%s on %s: memory %s", model_name, device.device_kind, plan)
     logger.info(
-        "ready in %.1f s: files %.1f, weights %.1f, programs %.1f; %d of %d programs ready",
+        "ready in %.1f s: files %.1f, weights %.1f, programs %.1f (%d of %d ready); before that the "
+        "process had run for %.1f s (imports)",
         time.monotonic() - started, opened - started, loaded - opened,
         time.monotonic() - loaded, compiler.num_ready, compiler.num_programs,
+        time.time() - psutil.Process().create_time() - (time.monotonic() - started),
     )  # fmt: skip
     constraints = ConstraintMaker(tokenizer, model.config.vocab_size, eos_token_ids)
     return RunningEngine(

@@ -11,10 +11,10 @@ import hashlib
 import logging
 import os
 import platform
-import queue
 import tempfile
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -113,16 +113,15 @@ class ProgramCache:
 
 
 class _Workers:
-    """Threads that compute futures in the order of their submission.
+    """Threads that compute futures in the order of their submission, unless one is hurried.
 
     Unlike those of a ThreadPoolExecutor they do not hold up the end of the process until all is
     done. What runs is waited for even then: the interpreter must not go while XLA is compiling.
     """
 
     def __init__(self, num_threads: int) -> None:
-        self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
-        self._jobs = queue.SimpleQueue()
-        self._closing = threading.Lock()
+        self._jobs: OrderedDict[Hashable, tuple[Future[Any], Callable[[], Any]]] = OrderedDict()
+        self._changed = threading.Condition()  # guards _jobs and _closed
         self._closed = False
         self._threads = [
             threading.Thread(target=self._run, name=f"compile-{i}", daemon=True)
@@ -132,29 +131,40 @@ class _Workers:
             thread.start()
         atexit.register(self.close)
 
-    def submit(self, function: Callable[[], Any]) -> Future[Any]:
+    def submit(self, name: Hashable, function: Callable[[], Any]) -> Future[Any]:
         future: Future[Any] = Future()
-        with self._closing:  # else it might wait for ever, after close() has emptied the queue
+        with self._changed:
             if self._closed:
                 raise RuntimeError("the compiler was closed")
-            self._jobs.put((future, function))
+            self._jobs[name] = (future, function)
+            self._changed.notify()
         return future
+
+    def hurry(self, name: Hashable) -> None:
+        """Puts a job first, if it has not begun."""
+        with self._changed:
+            if name in self._jobs:
+                self._jobs.move_to_end(name, last=False)
 
     def close(self) -> None:
         """Cancels what is queued, waits for what is running. May be called again."""
         atexit.unregister(self.close)
-        with self._closing:
+        with self._changed:
             self._closed = True
-            with suppress(queue.Empty):
-                while job := self._jobs.get_nowait():
-                    job[0].cancel()
-            for _ in self._threads:
-                self._jobs.put(None)
+            for future, _ in self._jobs.values():
+                future.cancel()
+            self._jobs.clear()
+            self._changed.notify_all()
         for thread in self._threads:
             thread.join()
 
+    def _next(self) -> tuple[Future[Any], Callable[[], Any]] | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._jobs or self._closed)
+            return self._jobs.popitem(last=False)[1] if self._jobs else None
+
     def _run(self) -> None:
-        while job := self._jobs.get():
+        while job := self._next():
             future, function = job
             try:
                 future.set_result(function())
@@ -178,7 +188,7 @@ class Compiler:
         self._forbid_late = forbid_late
         self._futures: dict[Hashable, Future[jax.stages.Compiled]] = {}
         self._ready: dict[Hashable, jax.stages.Compiled] = {}  # each step asks: a look-up, no locks
-        self._held: dict[Hashable, tuple[Any, ...]] = {}  # the arguments of _build
+        self._held: OrderedDict[Hashable, tuple[Any, ...]] = OrderedDict()  # arguments of _build
         self._tracing = threading.Lock()  # tracing holds the GIL: two at once are slower than one
         self._sealed = False
         self._closed = False
@@ -204,6 +214,13 @@ class Compiler:
         for name in list(self._held):
             self._queue(name)
 
+    def hurry(self, name: Hashable) -> None:
+        """A step would rather have had this program: it is compiled before the others that wait,
+        once it is no longer held."""
+        if name in self._held:
+            self._held.move_to_end(name, last=False)
+        self._workers.hurry(name)
+
     def get(self, name: Hashable) -> jax.stages.Compiled:
         """The program, waited for if need be. Raises what its compilation raised."""
         program = self._ready.get(name)
@@ -211,6 +228,7 @@ class Compiler:
             return program
         if name in self._held:
             self._queue(name)
+        self._workers.hurry(name)
         return self._futures[name].result()
 
     def is_ready(self, name: Hashable) -> bool:
@@ -228,7 +246,7 @@ class Compiler:
         return len(self._ready)
 
     def _queue(self, name: Hashable) -> None:
-        self._futures[name] = self._workers.submit(partial(self._make, *self._held.pop(name)))
+        self._futures[name] = self._workers.submit(name, partial(self._make, *self._held.pop(name)))
 
     def wait(self) -> None:
         """Waits until every program is ready, then forbids late compilation if that was asked."""

@@ -250,13 +250,16 @@ class ModelRunner:
         return self.config.max_steps_per_dispatch if is_ready else 1
 
     def _choose(self, batch: Batch) -> Bucket:
-        """The least padded bucket among those that are compiled, else the one compiled next."""
+        """The least padded bucket among those that are compiled, else the one compiled next. What
+        would have fitted best comes first among those that are still to be compiled."""
         num_seqs = len(batch.sequences)
         fits = self._fitting(batch.num_tokens, num_seqs, batch.num_decodes == num_seqs)
         if batch.num_steps > 1:
             fits = [bucket for bucket in fits if bucket.decode_only]
         assert fits, f"no bucket holds {batch.num_tokens} tokens of {num_seqs} sequences"
         ready = next((b for b in fits if self._compiler.is_ready(b)), None)
+        if ready is not fits[0]:
+            self._compiler.hurry(fits[0])
         return ready or min(fits, key=self._order.index)
 
     def _write_table_row(self, sequence: Sequence) -> None:

@@ -388,21 +388,26 @@ def test_programs_used_longest_ago_make_room_for_others(
     assert [path.name for path in programs(tmp_path)] == ["new", "newest", "used"]
 
 
-def test_a_held_program_waits_until_it_is_wanted() -> None:
-    compiler = Compiler(None, num_threads=1)
-    started: list[str] = []
+def submit_named(compiler: Compiler, names: tuple[str, ...], started: list[str]) -> None:
+    """Programs that say when they are traced; all but the first are held."""
 
     def program(name: str) -> Any:
         def function(x: jax.Array) -> jax.Array:
-            started.append(name)  # while tracing
+            started.append(name)
             return x + 1
 
         return function
 
     vector = (jax.ShapeDtypeStruct((4,), jnp.float32),)
-    for name in ("first", "second", "third", "fourth"):
-        tree, held = jax.tree.structure(0), name != "first"
+    for name in names:
+        tree, held = jax.tree.structure(0), name != names[0]
         compiler.submit(name, program(name), vector, tree, donate=None, key=(), held=held)
+
+
+def test_a_held_program_waits_until_it_is_wanted() -> None:
+    compiler = Compiler(None, num_threads=1)
+    started: list[str] = []
+    submit_named(compiler, ("first", "second", "third", "fourth"), started)
     assert compiler.get("first")(np.ones(4, np.float32)).tolist() == [2] * 4
     assert started == ["first"]
     assert not compiler.is_ready("third")
@@ -411,4 +416,29 @@ def test_a_held_program_waits_until_it_is_wanted() -> None:
     compiler.release()
     compiler.wait()
     assert started == ["first", "third", "second", "fourth"]
+    compiler.close()
+
+
+def test_a_hurried_program_comes_before_the_others() -> None:
+    compiler = Compiler(None, num_threads=1)
+    started: list[str] = []
+    submit_named(compiler, ("first", "second", "third", "fourth"), started)
+    compiler.get("first")
+    compiler.hurry("fourth")
+    compiler.hurry("first")  # ready already: nothing to do
+    assert started == ["first"], "it is held"
+    compiler.release()
+    compiler.wait()
+    assert started == ["first", "fourth", "second", "third"]
+    compiler.close()
+
+
+def test_a_program_that_is_waited_for_comes_before_the_queue() -> None:
+    compiler = Compiler(None, num_threads=1)
+    started: list[str] = []
+    names = ("first", *(f"queued {i}" for i in range(20)), "wanted")
+    submit_named(compiler, names, started)
+    compiler.release()
+    compiler.get("wanted")
+    assert started.index("wanted") < len(names) // 2
     compiler.close()
