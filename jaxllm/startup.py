@@ -257,7 +257,9 @@ def _memory_plan(model: Model, config: EngineConfig, runner: ModelRunner) -> Mem
     state = _table_bytes(model.config, config.max_num_seqs)
     process = 0
     if runner.device.platform == "cpu":
-        process = max(0, memory.process_bytes() - parameters - pool - state)
+        stored = kv_cache.pool_dtype(model.dtype, runner.device.platform)
+        present = parameters + state + (0 if kv_cache.grows_with_use(stored) else pool)
+        process = max(0, memory.process_bytes() - present)
         process += runner.program_bytes_to_come()
     return MemoryPlan(parameters, pool, state, runner.temporaries(), process)
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxllm.config import ModelConfig
+from pallas_kernels import native
 from pallas_kernels.ragged_paged_attention.layout import BITS_OF_BFLOAT16
 
 
@@ -31,6 +32,18 @@ def abstract_pool(
     """The pool's shape and type; allocates nothing."""
     shape = pool_shape(config, num_blocks, block_size)
     return jax.ShapeDtypeStruct(shape, pool_dtype(dtype, platform))
+
+
+def grows_with_use(stored: jnp.dtype) -> bool:
+    """Whether a pool of that type takes its memory block by block, as they are first written."""
+    return stored == BITS_OF_BFLOAT16 and native.is_available()
+
+
+def new_pool(abstract: jax.ShapeDtypeStruct) -> jax.Array:
+    """A pool whose content does not matter; called inside a trace."""
+    if grows_with_use(abstract.dtype):
+        return native.call("jaxllm_reserve", abstract)()
+    return jnp.zeros(abstract.shape, abstract.dtype)
 
 
 def block_bytes(config: ModelConfig, block_size: int, dtype: DTypeLike) -> int:

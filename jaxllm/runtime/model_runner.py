@@ -172,7 +172,8 @@ class ModelRunner:
             self.device.platform,
         )  # fmt: skip
         tables = abstract_tables(self.model.config, config.max_num_seqs)
-        return State(*(jnp.zeros(array.shape, array.dtype) for array in (pool, *tables)))
+        zeros = (jnp.zeros(table.shape, table.dtype) for table in tables)
+        return State(kv_cache.new_pool(pool), *zeros)
 
     def _submit_programs(self) -> None:
         state = jax.eval_shape(self._new_state)

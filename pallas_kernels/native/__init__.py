@@ -14,7 +14,7 @@ import jax
 
 logger = logging.getLogger(__name__)
 
-TARGETS = ("jaxllm_matmul_f32", "jaxllm_matmul_bf16", "jaxllm_attention")
+TARGETS = ("jaxllm_matmul_f32", "jaxllm_matmul_bf16", "jaxllm_attention", "jaxllm_reserve")
 
 
 @cache

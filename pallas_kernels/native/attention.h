@@ -161,6 +161,24 @@ INLINE void soften(const Tile& t, int64_t row, int64_t chunk_start, Scratch& scr
   for (int64_t d = 0; d < stride; d += kLanes) store(sums + d, load(sums + d) * kept);
 }
 
+// Where the keys of a chunk are, their values behind them; behind the end the last one again. The
+// memory is fetched meanwhile: blocks lie anywhere, so that the processor could not guess.
+void find_keys(const Tile& t, int64_t start, int64_t end, const uint16_t* keys[kChunk]) {
+  const Attention& a = t.a;
+  const int32_t* table = a.block_tables + t.sequence * a.max_blocks;
+  const int64_t n = std::min<int64_t>(end - start, kChunk);
+  int64_t block = start / a.block_size, offset = start % a.block_size;
+  for (int i = 0; i < kChunk; ++i) {
+    if (i >= n) {
+      keys[i] = keys[n - 1];
+      continue;
+    }
+    keys[i] = a.place(table[block], offset) + 2 * t.head * a.head_dim;
+    for (int64_t d = 0; d < 2 * a.head_dim; d += 32) __builtin_prefetch(keys[i] + d);
+    if (++offset == a.block_size) ++block, offset = 0;
+  }
+}
+
 void attend(const Tile& t, Scratch& s) {
   const Attention& a = t.a;
   const int64_t num_pairs = a.head_dim / 2, stride = round_up(a.head_dim, kLanes);
@@ -179,15 +197,16 @@ void attend(const Tile& t, Scratch& s) {
   }
   const int64_t end = t.first_position + t.num_tokens;  // positions seen by the last query
   const int64_t oldest = a.window > 0 ? std::max<int64_t>(t.first_position - a.window + 1, 0) : 0;
-  const int32_t* table = a.block_tables + t.sequence * a.max_blocks;
-  for (int64_t start = oldest / kChunk * kChunk; start < end; start += kChunk) {
+  const int64_t first = oldest / kChunk * kChunk;
+  const uint16_t *keys[kChunk], *values[kChunk], *next_keys[kChunk];
+  find_keys(t, first, end, next_keys);
+  for (int64_t start = first; start < end; start += kChunk) {
     const int n = std::min<int64_t>(end - start, kChunk);
-    const uint16_t *keys[kChunk], *values[kChunk];
     for (int i = 0; i < kChunk; ++i) {
-      const int64_t p = start + std::min(i, n - 1);
-      keys[i] = a.place(table[p / a.block_size], p % a.block_size) + 2 * t.head * a.head_dim;
+      keys[i] = next_keys[i];
       values[i] = keys[i] + a.head_dim;
     }
+    if (start + kChunk < end) find_keys(t, start + kChunk, end, next_keys);
     transpose_keys(keys, num_pairs, s.keys.data());
     for (int64_t r = 0; r < t.num_rows; r += kRowBlock)
       products_of<kRowBlock>(s.queries.data() + r * num_pairs, s.keys.data(), num_pairs,

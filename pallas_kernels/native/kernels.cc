@@ -205,6 +205,9 @@ ffi::Error AttentionImpl(ffi::ThreadPool threads, ffi::Buffer<ffi::BF16> q,
   return ffi::Error::Success();
 }
 
+// Memory whose content does not matter: what is never written takes no room.
+ffi::Error ReserveImpl(ffi::Result<ffi::Buffer<ffi::U16>>) { return ffi::Error::Success(); }
+
 }  // namespace jaxllm
 
 #define JAXLLM_MATMUL(NAME, TYPE)                                                           \
@@ -241,3 +244,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxllm_attention, jaxllm::AttentionImpl,
                                   .Attr<float>("soft_cap")
                                   .Ret<ffi::Buffer<ffi::BF16>>()
                                   .Ret<ffi::Buffer<ffi::U16>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxllm_reserve, jaxllm::ReserveImpl,
+                              ffi::Ffi::Bind().Ret<ffi::Buffer<ffi::U16>>());
