@@ -91,6 +91,22 @@ def test_the_tokens_are_those_of_one_step_after_the_other(
     assert llm.engine.stats().num_preemptions > 0
 
 
+def test_what_an_answer_left_in_the_cache_is_right(llm: LLM, serial: LLM) -> None:
+    """Also where a row of a dispatch ended before the others did."""
+    prompts, params = load(OPTIONS, 8)
+    llm.reset_prefix_cache()
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    turns = [
+        [*prompt, *output.outputs[0].token_ids, 7]
+        for prompt, output in zip(prompts, outputs, strict=True)
+    ]
+    greedy = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    found = llm.generate(turns, greedy, use_tqdm=False)
+    assert sum(output.num_cached_tokens for output in found) > 100
+    serial.reset_prefix_cache()
+    assert answers(found) == answers(serial.generate(turns, greedy, use_tqdm=False))
+
+
 def test_greedy_tokens_are_those_of_transformers(llm: LLM, tiny_llama_folder: Path) -> None:
     params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
     prompts, _ = load(OPTIONS, 6)
