@@ -170,8 +170,8 @@ def start_engine(model_name: str, options: EngineOptions) -> RunningEngine:
     plan = _memory_plan(model, config, runner)
     logger.info("%s on %s: memory %s", model_name, device.device_kind, plan)
     logger.info(
-        "ready in %.1f s: files %.1f, weights %.1f, programs %.1f (%d of %d ready); before that the "
-        "process had run for %.1f s (imports)",
+        "ready in %.1f s: files %.1f, weights %.1f, programs %.1f (%d of %d ready); the process "
+        "had run for %.1f s before (imports)",
         time.monotonic() - started, opened - started, loaded - opened,
         time.monotonic() - loaded, compiler.num_ready, compiler.num_programs,
         time.time() - psutil.Process().create_time() - (time.monotonic() - started),
