@@ -1,6 +1,6 @@
-"""The figures of the engine on this machine: start-up, host time, padding, context, memory.
+"""The figures of the engine on this machine: start-up, host time, padding, memory.
 
-    python scripts/measure_engine.py startup host padding context memory
+    python scripts/measure_engine.py startup host padding memory
     python scripts/measure_engine.py startup --runs 5 --json figures.json
 
 Each figure is measured in processes of its own. The model's file is fetched before anything is
@@ -26,7 +26,6 @@ from jaxllm.bench.processes import cache_with_models
 from jaxllm.bench.startup import CACHES, FIRST_TOKEN, first_tokens
 
 MODEL = "smollm2-135m-instruct"
-CONTEXTS = (256, 2048)
 NUM_DECODES = 90  # steps that the medians of host time are taken over
 
 
@@ -140,38 +139,6 @@ def memory(model: str, cache_dir: str) -> Figures:
     }
 
 
-def context(model: str, cache_dir: str) -> Figures:
-    """A decode step of 64 sequences at 256 and at 2,048 tokens of context each, against the growth
-    of the bytes that it reads: weights, keys and values."""
-    import numpy as np
-
-    from jaxllm import LLM, SamplingParams
-
-    random = np.random.default_rng(0)
-    options = {"max_num_seqs": 64, "max_model_len": 2112, "enable_prefix_caching": False}
-    with LLM(model, cache_dir=cache_dir, compilation="ahead", **options) as llm:
-        vocab_size, plan = llm.engine.vocab_size, llm._running.memory_plan
-        medians = {}
-        for length in CONTEXTS:
-            prompts = random.integers(100, vocab_size, (64, length)).tolist()
-            seconds: list[float] = []
-            step, llm.engine.step = llm.engine.step, timed(llm.engine.step, seconds)
-            params = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
-            llm.generate(prompts, params, use_tqdm=False)
-            llm.engine.step = step
-            medians[length] = statistics.median(seconds[-24:-4])  # all of them decode
-        config = llm.engine.config
-        of_token = plan.pool / config.num_blocks / config.block_size
-    read = [plan.parameters + 64 * length * of_token for length in CONTEXTS]
-    short, long = (medians[length] for length in CONTEXTS)
-    return {
-        "step_ms_at_256": 1e3 * short,
-        "step_ms_at_2048": 1e3 * long,
-        "growth_of_time": long / short,
-        "growth_of_bytes_read": read[1] / read[0],
-    }
-
-
 # ---- in the process that measures
 
 
@@ -203,7 +170,6 @@ def in_own_process(name: str, model: str) -> Figures:
 CHILDREN: dict[str, Callable[[str, str], Figures]] = {
     "host": host,
     "padding": padding,
-    "context": context,
     "memory": memory,
 }
 
