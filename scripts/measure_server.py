@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from measuring import Figures, machine, report
@@ -93,11 +92,9 @@ class EngineProcess:
 # ---- the server, in a process of its own
 
 
-@contextlib.contextmanager
-def server(model: str, *options: str) -> Iterator[str]:
+def server(model: str, *options: str) -> contextlib.AbstractContextManager[str]:
     """Starts `jaxllm serve`, waits until it is ready, and gives its address."""
-    with processes.server(model, *engine_flags(ENGINE), *options) as url:
-        yield url
+    return processes.server(model, *engine_flags(ENGINE), *options)
 
 
 async def stream_all(url: str, work: list[list[int]], max_tokens: int) -> Figures:

@@ -135,6 +135,13 @@ def summarize(
     }
 
 
+def idle_share(busy_seconds: float | None, seconds: float) -> float | None:
+    """The part of a time in which no step was under way; None where nothing is known of it."""
+    if busy_seconds is None or seconds <= 0:
+        return None
+    return max(0.0, 1 - busy_seconds / seconds)
+
+
 def active_seconds(records: Sequence[Record]) -> float:
     """Wall time in which at least one request was under way."""
     total, end = 0.0, -math.inf

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from jaxllm.bench.metrics import idle_share
 from jaxllm.bench.progress import progress, shows_progress
 from jaxllm.bench.vocabulary import of_tokenizer
-from jaxllm.bench.workloads import WorkloadOptions, make_workload
+from jaxllm.bench.workloads import WorkloadOptions, check_least, make_workload
 from jaxllm.engine.engine import EngineStats
 from jaxllm.llm import LLM
 from jaxllm.sampling_params import SamplingParams
@@ -36,11 +37,8 @@ class LatencyOptions:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            least = 0 if name in ("num_iters_warmup", "seed", "temperature") else 1
-            if value < least:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} must be at least {least}, got {value}"
-                )
+            may_be_zero = name in ("num_iters_warmup", "seed", "temperature")
+            check_least(name, value, 0 if may_be_zero else 1)
 
 
 class Meter:
@@ -60,7 +58,7 @@ class Meter:
         busy = now.step_seconds.total - before.step_seconds.total
         return {
             "padding_share": 1 - asked / padded if padded else None,
-            "idle_share": max(0.0, 1 - busy / seconds),
+            "idle_share": idle_share(busy, seconds),
         }
 
 

@@ -18,7 +18,13 @@ from jaxllm.bench.metrics import METRICS, Record, active_seconds, summarize
 from jaxllm.bench.progress import progress
 from jaxllm.bench.timeline import Timeline, watched
 from jaxllm.bench.vocabulary import Vocabulary, load_tokenizer, of_size, of_tokenizer
-from jaxllm.bench.workloads import Conversation, WorkloadOptions, make_workload, start_times
+from jaxllm.bench.workloads import (
+    Conversation,
+    WorkloadOptions,
+    check_least,
+    make_workload,
+    start_times,
+)
 
 Advance = Callable[[], Any]
 
@@ -45,8 +51,8 @@ class ServeOptions:
                 raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {value}")
         if math.isinf(self.burstiness):
             raise ValueError("--burstiness must be finite")
-        if self.max_concurrency is not None and self.max_concurrency < 1:
-            raise ValueError(f"--max-concurrency must be at least 1, got {self.max_concurrency}")
+        if self.max_concurrency is not None:
+            check_least("max_concurrency", self.max_concurrency, 1)
         for name in self.percentile_metrics:
             if name not in METRICS:
                 raise ValueError(

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.bench import processes
+from jaxllm.bench.metrics import idle_share
 from jaxllm.bench.progress import progress
 from jaxllm.bench.timeline import read_metrics
+from jaxllm.bench.workloads import check_least
 
 CACHES = ("empty_cache", "filled_cache")
 FIRST_TOKEN, FIRST_ANSWER = "generate_first_token_seconds", "serve_first_answer_seconds"
@@ -25,8 +27,7 @@ def bench_startup(model: str, runs: int, engine: Mapping[str, Any]) -> dict[str,
     Raises ModelError for a model that is not there, ProcessError for a process that fails."""
     from jaxllm.loading.hub import find_model
 
-    if runs < 1:
-        raise ValueError(f"--runs must be at least 1, got {runs}")
+    check_least("runs", runs, 1)
     options = dict(engine)
     cache_dir = options.pop("cache_dir", None)
     cache_dir = None if cache_dir is None else Path(cache_dir)
@@ -97,7 +98,7 @@ def _shares(url: str, seconds: float) -> dict[str, float | None]:
     busy = values.get("step_seconds_sum")
     return {
         "padding_share": values.get("padding_ratio"),
-        "idle_share": None if busy is None else max(0.0, 1 - busy / seconds),
+        "idle_share": idle_share(busy, seconds),
     }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import aiohttp
 
 from jaxllm.bench.client import Target
+from jaxllm.bench.metrics import idle_share
 
 SAMPLE_SECONDS = 0.5
 TIMEOUT_SECONDS = 2.0
@@ -51,10 +52,7 @@ class Timeline:
 
     def idle_share(self, active_seconds: float) -> float | None:
         """Of the time in which there were requests: the part in which no step was under way."""
-        busy = self._increase("step_seconds_sum")
-        if busy is None or active_seconds <= 0:
-            return None
-        return max(0.0, 1 - busy / active_seconds)
+        return idle_share(self._increase("step_seconds_sum"), active_seconds)
 
     def _increase(self, name: str) -> float | None:
         if self.first is None or self.last is None or name not in self.last:

@@ -61,11 +61,8 @@ class WorkloadOptions:
                 f"--dataset-name must be one of {', '.join(DATASETS)}, got {self.dataset_name!r}"
             )
         for name, value in vars(self).items():
-            least = 0 if name in ("seed", "random_prefix_len") else 1
-            if isinstance(value, int) and value < least:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} must be at least {least}, got {value}"
-                )
+            if isinstance(value, int):
+                check_least(name, value, 0 if name in ("seed", "random_prefix_len") else 1)
         if not 0 <= self.random_range_ratio < 1:
             raise ValueError(
                 f"--random-range-ratio must be in [0, 1), got {self.random_range_ratio}"
@@ -75,6 +72,12 @@ class WorkloadOptions:
             raise ValueError(f"--dataset-name {self.dataset_name} needs --dataset-path FILE")
         if not needs_file and self.dataset_path is not None:
             raise ValueError(f"--dataset-name {self.dataset_name} takes no --dataset-path")
+
+
+def check_least(name: str, value: float, least: int) -> None:
+    """Raises ValueError, with the option's flag, for a value below that."""
+    if value < least:
+        raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
 
 
 def make_workload(options: WorkloadOptions, vocabulary: Vocabulary) -> list[Conversation]:

@@ -188,7 +188,7 @@ def _target(arguments: argparse.Namespace) -> Target:
     if arguments.ignore_eos:
         body["ignore_eos"] = True
     headers = split_headers(arguments.header or [])
-    base_url = arguments.base_url.rstrip("/")
+    base_url = arguments.base_url
     if not base_url.startswith(("http://", "https://")):
         raise UsageError(f"--base-url must begin with http:// or https://, got {base_url!r}")
     return Target(base_url, arguments.model or "", arguments.endpoint, headers, body)

@@ -143,6 +143,13 @@ class Batch:
     num_decodes: int
     num_steps: int = 1
 
+    @property
+    def num_computed_tokens(self) -> int:
+        """Those of all its steps; a sequence that ends early has fewer."""
+        if self.num_steps == 1:
+            return self.num_tokens
+        return sum(row.samples for row in self.sequences)
+
 
 @dataclass(frozen=True)
 class LogprobRows:

@@ -82,9 +82,7 @@ class StepMeter:
             started = max(started, self.result_time)
         self.result_time = now
         self.num_steps += 1
-        num_tokens = batch.num_tokens
-        if batch.num_steps > 1:
-            num_tokens = sum(row.samples for row in batch.sequences)
+        num_tokens = batch.num_computed_tokens
         self.num_computed_tokens += num_tokens
         self.step_seconds.observe(now - started)
         self.step_tokens.observe(num_tokens)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -38,11 +37,9 @@ class Attention(nnx.Module):
         self, x: jax.Array, call: Call
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """[T, E] -> [T, H, D], [T, K, D], [T, K, D], before the rotation."""
-        dtype = x.dtype if self.qkv_bias is None else jnp.float32
-        qkv = project(x, self.qkv_kernel[...], call, self.group, dtype=dtype)  # [T, K, G+2, D]
-        if self.qkv_bias is not None:
-            qkv += self.qkv_bias[...]
-        qkv = qkv.astype(x.dtype)
+        qkv = project(
+            x, self.qkv_kernel[...], call, self.group, bias=self.qkv_bias, dtype=x.dtype
+        )  # [T, K, G+2, D]
         num_tokens, _, _, head_dim = qkv.shape
         q = qkv[:, :, :-2].reshape(num_tokens, -1, head_dim)  # [T, H, D]
         k, v = qkv[:, :, -2], qkv[:, :, -1]  # [T, K, D]
@@ -52,10 +49,7 @@ class Attention(nnx.Module):
 
     def output(self, mixed: jax.Array, call: Call) -> jax.Array:
         """[T, H, D] -> [T, E]: what attention adds to the residual stream."""
-        dtype = mixed.dtype if self.o_bias is None else jnp.float32
-        out = project(
-            mixed, self.o_kernel[...], call, (self.width,), num_contracted=2, dtype=dtype
-        )  # [T, E]
-        if self.o_bias is not None:
-            out += self.o_bias[...]
-        return out.astype(mixed.dtype)
+        return project(
+            mixed, self.o_kernel[...], call, (self.width,),
+            num_contracted=2, bias=self.o_bias, dtype=mixed.dtype,
+        )  # fmt: skip

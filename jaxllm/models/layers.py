@@ -43,18 +43,28 @@ def project(
     shape: tuple[int, ...],
     *,
     num_contracted: int = 1,
+    bias: nnx.Param[jax.Array] | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> jax.Array:
-    """The product of x's last num_contracted axes with the kernel's first ones: [T, *shape] in
-    dtype, summed in float32. kernel: [contracted..., *shape], or packed with its layers' others."""
+    """The product of x's last num_contracted axes with the kernel's first ones, plus bias [*shape]:
+    [T, *shape] in dtype, summed in float32. kernel: [contracted..., *shape], or packed, alone or
+    with those of other layers."""
+    summed = dtype if bias is None else jnp.float32
     if kernel.dtype == PACKED:
-        flat = x.reshape(x.shape[0], -1)
         product = packed_matmul(
-            flat, kernel, call.layer, call.num_rows, num_columns=math.prod(shape), dtype=dtype
-        )
-        return product.reshape(x.shape[0], *shape)
-    axes = tuple(range(x.ndim - num_contracted, x.ndim)), tuple(range(num_contracted))
-    return _product(x, kernel, axes).astype(dtype)
+            x.reshape(x.shape[0], -1),
+            kernel[None] if kernel.ndim == 3 else kernel,
+            call.layer,
+            call.num_rows,
+            num_columns=math.prod(shape),
+            dtype=summed,
+        ).reshape(x.shape[0], *shape)
+    else:
+        axes = tuple(range(x.ndim - num_contracted, x.ndim)), tuple(range(num_contracted))
+        product = _product(x, kernel, axes)
+    if bias is not None:
+        product += bias[...]
+    return product.astype(dtype)
 
 
 def _product(
@@ -109,9 +119,10 @@ class Embedding(nnx.Module):
 
     def attend(self, hidden: jax.Array, call: Call) -> jax.Array:
         """Logits [R, V] of hidden [R, E]; contracts E in place, so no transposed copy is made."""
-        if self.embedding[...].dtype == PACKED:
-            return project(hidden, self.embedding[...][None], call, (self.size,))
-        return _product(hidden, self.embedding[...], ((1,), (1,)))
+        table = self.embedding[...]
+        if table.dtype == PACKED:
+            return project(hidden, table, call, (self.size,))
+        return _product(hidden, table, ((1,), (1,)))
 
 
 class Head(nnx.Module):
@@ -124,10 +135,7 @@ class Head(nnx.Module):
 
     def __call__(self, hidden: jax.Array, call: Call) -> jax.Array:
         """Logits [R, V] of hidden [R, E]."""
-        kernel = self.kernel[...]
-        if kernel.dtype == PACKED:
-            kernel = kernel[None]
-        return project(hidden, kernel, call, (self.size,))
+        return project(hidden, self.kernel[...], call, (self.size,))
 
 
 class FeedForward(nnx.Module):
@@ -144,12 +152,9 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: jax.Array, call: Call) -> jax.Array:
         inner = self._gated(x, call)  # [T, F]
-        has_bias = self.down_bias is not None
-        out_dtype = jnp.float32 if has_bias else x.dtype
-        out = project(inner, self.down_kernel[...], call, (self.width,), dtype=out_dtype)
-        if self.down_bias is not None:
-            out += self.down_bias[...]
-        return out.astype(x.dtype)
+        return project(
+            inner, self.down_kernel[...], call, (self.width,), bias=self.down_bias, dtype=x.dtype
+        )
 
     def _gated(self, x: jax.Array, call: Call) -> jax.Array:
         kernel = self.gate_up_kernel[...]
@@ -158,7 +163,5 @@ class FeedForward(nnx.Module):
                 x, kernel, call.layer, call.num_rows,
                 num_columns=self.inner, gated=True, dtype=x.dtype,
             )  # fmt: skip
-        gate_up = project(x, kernel, call, (2, self.inner))  # [T, 2, F] float32
-        if self.gate_up_bias is not None:
-            gate_up += self.gate_up_bias[...]
+        gate_up = project(x, kernel, call, (2, self.inner), bias=self.gate_up_bias)  # [T, 2, F]
         return (jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1]).astype(x.dtype)

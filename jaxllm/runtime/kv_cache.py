@@ -42,7 +42,7 @@ def grows_with_use(stored: jnp.dtype) -> bool:
 def new_pool(abstract: jax.ShapeDtypeStruct) -> jax.Array:
     """A pool whose content does not matter; called inside a trace."""
     if grows_with_use(abstract.dtype):
-        return native.call("jaxllm_reserve", abstract)()
+        return native.call("jaxllm_reserve", abstract)
     return jnp.zeros(abstract.shape, abstract.dtype)
 
 

@@ -295,10 +295,7 @@ class ModelRunner:
 
     def _count(self, batch: Batch, bucket: Bucket) -> None:
         self.stats.num_steps += 1
-        num_tokens = batch.num_tokens
-        if batch.num_steps > 1:
-            num_tokens = sum(row.samples for row in batch.sequences)
-        self.stats.num_tokens += num_tokens
+        self.stats.num_tokens += batch.num_computed_tokens
         self.stats.num_padded_tokens += bucket.num_tokens * batch.num_steps
         self.stats.steps_by_bucket[bucket] += 1
 

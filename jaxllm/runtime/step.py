@@ -96,7 +96,8 @@ def _compute(
     """One forward pass over the batch, and a token of each of its sequences."""
     num_tokens = layout.bucket.num_tokens
     rows = token_rows(num_tokens, batch["seq_lens"], batch["query_start"], batch["distribution"])
-    token_ids = _known_or_sampled(batch, rows, state.last_tokens)
+    slots = batch["slots"][rows.sequence]  # [T]
+    token_ids = _known_or_sampled(batch["token_ids"], slots, state.last_tokens)
     prompt_lens = batch["prompt_lens"][rows.sequence]
     hidden, kv_pool = model.forward(
         params,
@@ -190,8 +191,7 @@ def _decode_several(
         sampler.no_logprobs(num_seqs),
         sampler.no_logprobs(0),
     )
-    sampled = state.last_tokens[batch["slots"]]
-    token_ids = jnp.where(batch["token_ids"] == ON_DEVICE, sampled, batch["token_ids"])
+    token_ids = _known_or_sampled(batch["token_ids"], batch["slots"], state.last_tokens)
     tokens = jnp.zeros((layout.max_steps, num_seqs), jnp.int32)
     loop = jax.lax.while_loop(
         goes_on,
@@ -224,12 +224,9 @@ def write_table_row(state: State, slot: jax.Array, info: jax.Array, bias: jax.Ar
     )
 
 
-def _known_or_sampled(
-    batch: dict[str, jax.Array], rows: TokenRows, last_tokens: jax.Array
-) -> jax.Array:
-    """[T]: token ids, those that the host does not send taken from the device's state."""
-    sampled = last_tokens[batch["slots"][rows.sequence]]
-    return jnp.where(batch["token_ids"] == ON_DEVICE, sampled, batch["token_ids"])
+def _known_or_sampled(token_ids: jax.Array, slots: jax.Array, last_tokens: jax.Array) -> jax.Array:
+    """[T]: token ids, those that the host does not send taken from the state of their slots [T]."""
+    return jnp.where(token_ids == ON_DEVICE, last_tokens[slots], token_ids)
 
 
 def _attend(

@@ -35,8 +35,13 @@ def is_available() -> bool:
     return True
 
 
-def call(name: str, results: Any, *operands: Any, aliases: dict[int, int] | None = None) -> Any:
-    """A function of attributes, which calls a kernel. aliases: operand's number -> result's, for
+def call(
+    name: str,
+    results: Any,
+    *operands: Any,
+    aliases: dict[int, int] | None = None,
+    **attributes: Any,
+) -> Any:
+    """What a kernel computes. results: their shapes. aliases: operand's number -> result's, for
     what is updated in place."""
-    function = jax.ffi.ffi_call(name, results, input_output_aliases=aliases)
-    return lambda **attributes: function(*operands, **attributes)
+    return jax.ffi.ffi_call(name, results, input_output_aliases=aliases)(*operands, **attributes)

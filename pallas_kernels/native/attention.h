@@ -18,6 +18,13 @@ struct Tile {
   int64_t first, num_tokens;    // query tokens of the batch
   int64_t first_position;       // of the first query token in its sequence
   int64_t num_rows;             // num_tokens * group, of one key head
+
+  int64_t key_head(int64_t row) const { return first_head + row / num_rows; }
+  int64_t head(int64_t row) const { return key_head(row) * a.group + row % num_rows % a.group; }
+  // Of a row's head in q and out.
+  int64_t offset(int64_t row) const {
+    return ((first + row % num_rows / a.group) * a.num_heads + head(row)) * a.head_dim;
+  }
 };
 
 // Buffers of one task; sizes in elements. Rows are those of the first head, then of the next.
@@ -64,7 +71,7 @@ void transpose_keys(const Chunk& chunk, const Chunk* next, int64_t offset, int64
 
 // weights[r][key] = queries[r] . keys[:, key] for R rows.
 template <int R>
-INLINE void products(const uint32_t* queries, const uint32_t* keys, int64_t num_pairs,
+void products(const uint32_t* queries, const uint32_t* keys, int64_t num_pairs,
                      float* weights) {
   for (int key = 0; key < kChunk; key += 2 * kLanes) {
     F16 s[R][2] = {};
@@ -89,7 +96,7 @@ INLINE void products(const uint32_t* queries, const uint32_t* keys, int64_t num_
 // and values of the next chunk are fetched, a line with each line that is read: blocks lie anywhere,
 // so that the processor could not guess, and all at once would hold it up.
 template <int R>
-INLINE void add_values(const float* weights, const Chunk& chunk, const Chunk* next, int64_t offset,
+void add_values(const float* weights, const Chunk& chunk, const Chunk* next, int64_t offset,
                        int64_t head_dim, int64_t stride, float* sums) {
   for (int64_t d = 0; d < head_dim; d += 2 * kLanes) {
     const bool is_whole = d + 2 * kLanes <= head_dim;
@@ -119,26 +126,6 @@ INLINE void add_values(const float* weights, const Chunk& chunk, const Chunk* ne
       if (second > 0) store(sums + r * stride + d + kLanes, s[r][1]);
     }
   }
-}
-
-template <int R>
-void products_of(const uint32_t* queries, const uint32_t* keys, int64_t num_pairs, float* weights,
-                 int64_t num_rows) {
-  if constexpr (R > 1) {
-    if (num_rows < R)
-      return products_of<R - 1>(queries, keys, num_pairs, weights, num_rows);
-  }
-  products<R>(queries, keys, num_pairs, weights);
-}
-
-template <int R>
-void add_values_of(const float* weights, const Chunk& chunk, const Chunk* next, int64_t offset,
-                   int64_t head_dim, int64_t stride, float* sums, int64_t num_rows) {
-  if constexpr (R > 1) {
-    if (num_rows < R)
-      return add_values_of<R - 1>(weights, chunk, next, offset, head_dim, stride, sums, num_rows);
-  }
-  add_values<R>(weights, chunk, next, offset, head_dim, stride, sums);
 }
 
 // Products become weights e^(x - max) of the keys that a row sees; what the row has so far, in sums,
@@ -197,12 +184,9 @@ INLINE void start_rows(const Tile& t, int64_t num_pairs, int64_t stride, Scratch
   s.row_max.assign(all_rows, kMasked);
   s.row_sum.assign(all_rows, 0.0f);
   for (int64_t row = 0; row < all_rows; ++row) {
-    const int64_t r = row % t.num_rows;
-    const int64_t head = (t.first_head + row / t.num_rows) * a.group + r % a.group;
-    std::memcpy(s.queries.data() + row * num_pairs,
-                a.q + ((t.first + r / a.group) * a.num_heads + head) * a.head_dim,
+    std::memcpy(s.queries.data() + row * num_pairs, a.q + t.offset(row),
                 a.head_dim * sizeof(uint16_t));
-    if (a.sinks) s.row_max[row] = a.sinks[head], s.row_sum[row] = 1.0f;
+    if (a.sinks) s.row_max[row] = a.sinks[t.head(row)], s.row_sum[row] = 1.0f;
   }
 }
 
@@ -217,15 +201,19 @@ INLINE void attend_chunk(const Tile& t, const Chunk& chunk, const Chunk* next, i
     float* sums = s.sums.data() + first_row * stride;
     transpose_keys(chunk, next, offset, num_pairs, s.keys.data());
     for (int64_t r = 0; r < t.num_rows; r += kRowBlock)
-      products_of<kRowBlock>(queries + r * num_pairs, s.keys.data(), num_pairs,
-                             s.weights.data() + r * kChunk, t.num_rows - r);
+      with_rows<kRowBlock>(t.num_rows - r, [&](auto rows) {
+        products<decltype(rows)::value>(queries + r * num_pairs, s.keys.data(), num_pairs,
+                                        s.weights.data() + r * kChunk);
+      });
     for (int64_t r = 0; r < t.num_rows; ++r)
       soften(t, r, chunk.start, scale, s.weights.data() + r * kChunk, s.row_max[first_row + r],
              s.row_sum[first_row + r], sums + r * stride, stride);
     for (int64_t r = 0; r < t.num_rows; r += kRowBlock)
-      add_values_of<kRowBlock>(s.weights.data() + r * kChunk, chunk, r == 0 ? next : nullptr,
-                               offset + a.head_dim, a.head_dim, stride, sums + r * stride,
-                               t.num_rows - r);
+      with_rows<kRowBlock>(t.num_rows - r, [&](auto rows) {
+        add_values<decltype(rows)::value>(s.weights.data() + r * kChunk, chunk,
+                                          r == 0 ? next : nullptr, offset + a.head_dim, a.head_dim,
+                                          stride, sums + r * stride);
+      });
   }
 }
 
@@ -245,10 +233,8 @@ void attend(const Tile& t, Scratch& s) {
     attend_chunk(t, chunk, is_last ? nullptr : &next, num_pairs, stride, s);
   } while (!is_last);
   for (int64_t row = 0; row < t.num_heads * t.num_rows; ++row) {
-    const int64_t r = row % t.num_rows, key_head = t.first_head + row / t.num_rows;
-    const int64_t head = key_head * a.group + r % a.group;
-    uint16_t* out = a.out + ((t.first + r / a.group) * a.num_heads + head) * a.head_dim;
-    const float factor = a.v_scale[key_head] / s.row_sum[row];
+    uint16_t* out = a.out + t.offset(row);
+    const float factor = a.v_scale[t.key_head(row)] / s.row_sum[row];
     for (int64_t d = 0; d < a.head_dim; d += kLanes)
       store_columns(out + d, load(s.sums.data() + row * stride + d) * factor, a.head_dim - d);
   }

@@ -61,21 +61,15 @@ void tile_product(const Matmul& m, int64_t row, int64_t panel) {
   }
 }
 
-template <typename Out, int R>
-void tile_of(const Matmul& m, int64_t row, int64_t num_rows, int64_t panel) {
-  if constexpr (R > 1) {
-    if (num_rows < R) return tile_of<Out, R - 1>(m, row, num_rows, panel);
-  }
-  tile_product<R, Out>(m, row, panel);
-}
-
 // Rows [first, last) by panels [first_panel, last_panel).
 template <typename Out>
 void block_product(const Matmul& m, int64_t first, int64_t last, int64_t first_panel,
                    int64_t last_panel) {
   for (int64_t panel = first_panel; panel < last_panel; ++panel)
     for (int64_t row = first; row < last; row += kTileRows)
-      tile_of<Out, kTileRows>(m, row, last - row, panel);
+      with_rows<kTileRows>(last - row, [&](auto rows) {
+        tile_product<decltype(rows)::value, Out>(m, row, panel);
+      });
 }
 
 void matmul(const Matmul& m, const ParallelFor& parallel_for) {

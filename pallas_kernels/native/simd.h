@@ -85,6 +85,15 @@ INLINE float reduce_sum(F16 x) {
   return lanes[0];
 }
 
+// Calls f with min(R, n) rows as a constant, so that the sums of all rows are in registers.
+template <int R, typename F>
+INLINE void with_rows(int64_t n, const F& f) {
+  if constexpr (R > 1) {
+    if (n < R) return with_rows<R - 1>(n, f);
+  }
+  f(std::integral_constant<int, R>{});
+}
+
 // rows[i][j] becomes rows[j][i].
 INLINE void transpose(U16 rows[kLanes]) {
 #define JAXLLM_STAGE(WIDTH, LOW, HIGH)                         \

@@ -24,4 +24,4 @@ def matmul(
     name = "jaxllm_matmul_f32" if jnp.dtype(dtype) == jnp.float32 else "jaxllm_matmul_bf16"
     out = jax.ShapeDtypeStruct((x.shape[0], num_columns), dtype)
     layer, num_rows = jnp.int32(layer), jnp.int32(num_rows)
-    return native.call(name, out, x, kernels, layer, num_rows)(swiglu=np.bool_(gated))
+    return native.call(name, out, x, kernels, layer, num_rows, swiglu=np.bool_(gated))

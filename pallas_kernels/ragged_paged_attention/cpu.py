@@ -44,14 +44,13 @@ def ragged_paged_attention(
         jax.ShapeDtypeStruct(q.shape, q.dtype),
         jax.ShapeDtypeStruct(kv_pool.shape, kv_pool.dtype),
     )
-    attention = native.call(
+    return native.call(
         "jaxllm_attention", results, q, k, v, kv_pool, jnp.int32(layer), seq_lens, block_tables,
         query_start, distribution[2], jnp.int32(window),
         jnp.zeros(0, jnp.float32) if sinks is None else sinks.astype(jnp.float32),
         k_factor, v_factor,
-        aliases={3: 1},
+        aliases={3: 1}, scale=np.float32(scale), soft_cap=np.float32(soft_cap or 0.0),
     )  # fmt: skip
-    return attention(scale=np.float32(scale), soft_cap=np.float32(soft_cap or 0.0))
 
 
 def _scaled(
