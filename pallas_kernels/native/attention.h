@@ -8,7 +8,8 @@
 constexpr int kChunk = 64;             // keys at a time
 constexpr int kMaxRows = 48;           // query rows of a tile, unless one token's group has more
 constexpr int kRowBlock = 6;           // rows whose sums are in registers at a time
-constexpr int64_t kManyTiles = 16;     // of which each is one task
+constexpr int64_t kManyTiles = 16;     // of which each has all heads
+constexpr int64_t kTilesOfTask = 4;    // at most; what the next one reads is fetched meanwhile
 constexpr float kMasked = -1e30f;      // finite: a row of masked positions must not become NaN
 
 struct Tile {
@@ -19,6 +20,10 @@ struct Tile {
   int64_t first_position;       // of the first query token in its sequence
   int64_t num_rows;             // num_tokens * group, of one key head
 
+  int64_t end() const { return first_position + num_tokens; }  // positions seen by the last token
+  int64_t begin() const {
+    return a.window > 0 ? std::max<int64_t>(first_position - a.window + 1, 0) : 0;
+  }
   int64_t key_head(int64_t row) const { return first_head + row / num_rows; }
   int64_t head(int64_t row) const { return key_head(row) * a.group + row % num_rows % a.group; }
   // Of a row's head in q and out.
@@ -154,11 +159,12 @@ INLINE void soften(const Tile& t, int64_t row, int64_t chunk_start, float scale,
   for (int64_t d = 0; d < stride; d += kLanes) store(sums + d, load(sums + d) * kept);
 }
 
-void find_chunk(const Tile& t, int64_t start, int64_t end, Chunk& chunk) {
+// The chunk of the keys from start on, a multiple of kChunk.
+void find_chunk(const Tile& t, int64_t start, Chunk& chunk) {
   const Attention& a = t.a;
   const int32_t* table = a.block_tables + t.sequence * a.max_blocks;
   chunk.start = start;
-  chunk.n = std::min<int64_t>(end - start, kChunk);
+  chunk.n = std::min<int64_t>(t.end() - start, kChunk);
   int64_t block = start / a.block_size, offset = start % a.block_size;
   for (int i = 0; i < chunk.n; ++i) {
     chunk.tokens[i] = a.place(table[block], offset);
@@ -210,20 +216,25 @@ INLINE void attend_chunk(const Tile& t, const Chunk& chunk, const Chunk* next, i
   }
 }
 
-void attend(const Tile& t, Scratch& s) {
+void find_first_chunk(const Tile& t, Chunk& chunk) {
+  find_chunk(t, t.begin() / kChunk * kChunk, chunk);
+}
+
+// next: the tile's first chunk; becomes that of the following tile, if there is one.
+void attend(const Tile& t, const Tile* following, Chunk& next, Scratch& s) {
   const Attention& a = t.a;
   const int64_t num_pairs = a.head_dim / 2, stride = round_up(a.head_dim, kLanes);
   start_rows(t, num_pairs, stride, s);
-  const int64_t end = t.first_position + t.num_tokens;  // positions seen by the last query
-  const int64_t oldest = a.window > 0 ? std::max<int64_t>(t.first_position - a.window + 1, 0) : 0;
-  Chunk chunk, next;
-  find_chunk(t, oldest / kChunk * kChunk, end, next);
   bool is_last;
   do {
-    chunk = next;
-    is_last = chunk.start + kChunk >= end;
-    if (!is_last) find_chunk(t, chunk.start + kChunk, end, next);
-    attend_chunk(t, chunk, is_last ? nullptr : &next, num_pairs, stride, s);
+    const Chunk chunk = next;
+    is_last = chunk.start + kChunk >= t.end();
+    if (!is_last) {
+      find_chunk(t, chunk.start + kChunk, next);
+    } else if (following) {
+      find_first_chunk(*following, next);
+    }
+    attend_chunk(t, chunk, is_last && !following ? nullptr : &next, num_pairs, stride, s);
   } while (!is_last);
   for (int64_t row = 0; row < t.num_heads * t.num_rows; ++row) {
     uint16_t* out = a.out + t.offset(row);
@@ -244,13 +255,24 @@ void attention(const Attention& a, const ParallelFor& parallel_for) {
   // All heads of a token lie together, so one task reads them where there are tiles enough.
   const bool is_shared = static_cast<int64_t>(tiles.size()) < kManyTiles;
   const int64_t heads = is_shared ? 1 : a.num_kv_heads, groups = a.num_kv_heads / heads;
-  parallel_for(tiles.size() * groups, [&](int64_t task) {
+  const int64_t num_tiles = tiles.size();
+  const auto tile_at = [&](int64_t index, int64_t first_head) {
+    const auto [s, first] = tiles[index];
+    const int64_t left = a.query_start[s + 1] - first, n = std::min(tile_tokens, left);
+    return Tile{a, s, first_head, heads, first, n, a.seq_lens[s] - left, n * a.group};
+  };
+  const int64_t of_task =
+      std::clamp<int64_t>(num_tiles / (4 * parallel_for.num_threads), 1, kTilesOfTask);
+  const int64_t num_tasks = (num_tiles + of_task - 1) / of_task;
+  parallel_for(num_tasks * groups, [&](int64_t task) {
     static thread_local Scratch scratch;
-    const auto [s, first] = tiles[task / groups];
-    const int64_t end = a.query_start[s + 1];
-    const int64_t num_tokens = std::min(tile_tokens, end - first);
-    const int64_t position = a.seq_lens[s] - (end - first);
-    attend({a, s, task % groups * heads, heads, first, num_tokens, position, num_tokens * a.group},
-           scratch);
+    const int64_t first_head = task % groups * heads, first = task / groups * of_task;
+    const int64_t last = std::min(first + of_task, num_tiles);
+    Chunk next;
+    find_first_chunk(tile_at(first, first_head), next);
+    for (int64_t i = first; i < last; ++i) {
+      const Tile following = tile_at(std::min(i + 1, last - 1), first_head);
+      attend(tile_at(i, first_head), i + 1 < last ? &following : nullptr, next, scratch);
+    }
   });
 }

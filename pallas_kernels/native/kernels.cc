@@ -22,7 +22,14 @@ namespace ffi = xla::ffi;
 
 namespace jaxllm {
 
-using ParallelFor = std::function<void(int64_t, const std::function<void(int64_t)>&)>;
+// Calls a function with each number below n, on several threads.
+struct ParallelFor {
+  int64_t num_threads;
+  std::function<void(int64_t n, const std::function<void(int64_t)>& function)> run;
+  void operator()(int64_t n, const std::function<void(int64_t)>& function) const {
+    run(n, function);
+  }
+};
 
 struct Matmul {
   const uint32_t* x;       // [num_rows, num_pairs], pairs of bfloat16
@@ -115,10 +122,10 @@ const bool kHasBf16 = kHasAvx512 && __builtin_cpu_supports("avx512bf16");
 const auto matmul = JAXLLM_BEST(matmul);
 const auto attention = JAXLLM_BEST(attention);
 
-// Calls a function with each number below n, on XLA's threads and the caller's. It never waits for
-// a thread that has not begun: all of them may be blocked in calls like this one.
+// On XLA's threads and the caller's. It never waits for a thread that has not begun: all of them may
+// be blocked in calls like this one.
 ParallelFor parallel_on(ffi::ThreadPool& threads) {
-  return [&threads](int64_t n, const std::function<void(int64_t)>& function) {
+  const auto run = [&threads](int64_t n, const std::function<void(int64_t)>& function) {
     struct Shared {
       std::atomic<int64_t> next{0}, num_done{0};
     };
@@ -139,6 +146,7 @@ ParallelFor parallel_on(ffi::ThreadPool& threads) {
 #endif
     }
   };
+  return {threads.num_threads(), run};
 }
 
 template <ffi::DataType type>

@@ -4,7 +4,7 @@
 constexpr int kPanel = 32;             // columns of a panel
 constexpr int kGates = kPanel / 2;     // of a gated panel, then as many values that they let through
 constexpr int kTileRows = kSums / 2;   // rows whose sums, of two vectors, are in registers
-constexpr int kBlockRows = 96;         // rows that a panel meets before the next one is read
+constexpr int64_t kBlockRows = 96;     // rows that a panel meets before the next one is read
 
 // sums[r] = row r of x [R, num_pairs] times one panel [num_pairs, kPanel].
 template <int R>
@@ -47,36 +47,50 @@ void tile_product(const Matmul& m, const Element* x, int64_t row, int64_t panel)
   }
 }
 
-// Rows [first, last) by panels [first_panel, last_panel).
+// Rows [first, last) of x as elements [num_rows, width] by panels [first_panel, last_panel).
 template <typename Out>
-void block_product(const Matmul& m, int64_t first, int64_t last, int64_t first_panel,
-                   int64_t last_panel) {
-  static thread_local std::vector<Element> scratch;
-  const int64_t width = m.num_pairs * kPerPair;
-  scratch.resize((last - first) * width);
-  to_elements(m.x + first * m.num_pairs, (last - first) * m.num_pairs, scratch.data());
+void block_product(const Matmul& m, const Element* x, int64_t first, int64_t last,
+                   int64_t first_panel, int64_t last_panel) {
   for (int64_t panel = first_panel; panel < last_panel; ++panel)
     for (int64_t row = first; row < last; row += kTileRows)
       with_rows<kTileRows>(last - row, [&](auto rows) {
-        tile_product<decltype(rows)::value, Out>(m, scratch.data() + (row - first) * width, row,
-                                                 panel);
+        tile_product<decltype(rows)::value, Out>(m, x + row * m.num_pairs * kPerPair, row, panel);
       });
+}
+
+// The rows of x as a product reads them; the caller's thread keeps the memory.
+const Element* rows_as_elements(const Matmul& m, const ParallelFor& parallel_for) {
+#ifdef JAXLLM_DOT_BF16
+  return m.x;
+#else
+  static thread_local std::vector<Element> rows;
+  rows.resize(m.num_rows * m.num_pairs * kPerPair);
+  Element* elements = rows.data();  // a thread that helps has a vector of its own
+  parallel_for((m.num_rows + kBlockRows - 1) / kBlockRows, [&m, elements](int64_t block) {
+    const int64_t first = block * kBlockRows * m.num_pairs;
+    const int64_t n = std::min(kBlockRows * m.num_pairs, m.num_rows * m.num_pairs - first);
+    to_elements(m.x + first, n, elements + first * kPerPair);
+  });
+  return elements;
+#endif
 }
 
 void matmul(const Matmul& m, const ParallelFor& parallel_for) {
   const int64_t num_blocks = (m.num_rows + kBlockRows - 1) / kBlockRows;
   // Enough tasks that threads of unequal speed end together, few enough that each has some work.
-  const int64_t work = std::min<int64_t>(m.num_rows, kBlockRows) * m.num_pairs;  // of a panel
-  const int64_t at_once = std::clamp<int64_t>((1 << 16) / std::max<int64_t>(work, 1), 1, 16);
+  const int64_t work = std::min(m.num_rows, kBlockRows) * m.num_pairs;  // of a panel
+  const int64_t most = std::max<int64_t>(1, 1024 / std::max<int64_t>(m.num_pairs, 1));  // 128 KB
+  const int64_t at_once = std::clamp<int64_t>((1 << 16) / std::max<int64_t>(work, 1), 1, most);
   const int64_t num_groups = (m.num_panels + at_once - 1) / at_once;
+  const Element* x = rows_as_elements(m, parallel_for);
   parallel_for(num_blocks * num_groups, [&](int64_t task) {
     const int64_t first = task / num_groups * kBlockRows, group = task % num_groups * at_once;
     const int64_t last = std::min(first + kBlockRows, m.num_rows);
     const int64_t last_panel = std::min(group + at_once, m.num_panels);
     if (m.is_float) {
-      block_product<float>(m, first, last, group, last_panel);
+      block_product<float>(m, x, first, last, group, last_panel);
     } else {
-      block_product<uint16_t>(m, first, last, group, last_panel);
+      block_product<uint16_t>(m, x, first, last, group, last_panel);
     }
   });
 }
