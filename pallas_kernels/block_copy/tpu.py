@@ -6,6 +6,8 @@ layers, and a window of copies is in flight at a time.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -14,8 +16,8 @@ IN_FLIGHT = 8
 
 
 def _kernel(
-    pairs_ref,  # [2P] in SMEM
-    *refs,  # inputs: source [L, M, ...] if it is another pool, target [L, N, ...];
+    pairs_ref: Any,  # [2P] in SMEM
+    *refs: Any,  # inputs: source [L, M, ...] if it is another pool, target [L, N, ...];
     # output: the target again; scratch: semaphores [IN_FLIGHT]
 ) -> None:
     *_, target_ref, semaphores = refs

@@ -9,6 +9,7 @@ x is padded with zeros, and what the last tile's copy leaves unwritten is multip
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +28,9 @@ WITHOUT_INT8 = ("TPU7",)  # matrix units that multiply no integers
 
 def _kernel(
     # inputs
-    layer_ref,  # [1]
-    x_ref,  # [rows, padded K]
-    *refs,  # [rows, 1] scales of int8 rows; then weights [k, n], scales, zeros [groups, n];
+    layer_ref: Any,  # [1]
+    x_ref: Any,  # [rows, padded K]
+    *operand_refs: Any,  # [rows, 1] scales of int8 rows; weights [k, n]; scales, zeros [groups, n];
     # output [rows, n]; scratch: sums [rows, n], scales and zeros [padded groups, n] float32
     int8_rows: bool,
     has_zeros: bool,
@@ -37,7 +38,7 @@ def _kernel(
     columns: int,
     dequantized_in: DTypeLike,
 ) -> None:
-    refs = list(refs)
+    refs = list(operand_refs)
     row_scales_ref = refs.pop(0) if int8_rows else None
     weights_ref, scales_ref = refs.pop(0), refs.pop(0)
     zeros_ref = refs.pop(0) if has_zeros else None
@@ -52,7 +53,7 @@ def _kernel(
             group[...] = jnp.zeros_like(group)  # past K: finite
             group[: ref.shape[0]] = ref[...].astype(jnp.float32)
 
-    def dequantized(start: int, size: int, here: pl.Slice) -> jax.Array:
+    def dequantized(start: int, size: int, here: pl.Slice | slice) -> jax.Array:
         stored = weights_ref[start : start + size, here]  # [size, columns]
         if group_size is None:
             return stored.astype(x_ref.dtype)
