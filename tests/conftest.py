@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Before jax is imported, here and in the processes that tests start. libtpu, which the tests of
+# kernels compile with, would else be asked first for a TPU that is not there: 13 s a process.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from jaxllm.loading.hub import find_model
 
