@@ -34,6 +34,7 @@ FLOORS = {
     "jaxllm.runtime": 3,
     "jaxllm.engine.engine": 4,
     "jaxllm.prompts": 5,
+    "jaxllm.engine_setup": 5,
     "jaxllm.startup": 5,
     "jaxllm.llm": 5,
     "jaxllm.engine_thread": 5,
