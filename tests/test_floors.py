@@ -35,6 +35,7 @@ FLOORS = {
     "jaxllm.engine.engine": 4,
     "jaxllm.prompts": 5,
     "jaxllm.engine_setup": 5,
+    "jaxllm.planning": 5,
     "jaxllm.startup": 5,
     "jaxllm.llm": 5,
     "jaxllm.engine_thread": 5,
