@@ -22,6 +22,8 @@ class EngineOptions:
         nothing waits; None: 1 on CPU, else 4.
     compilation: "background" (start with the first few buckets; the others follow after the first
         step), "ahead" (start when all are compiled) or "on_demand" (only what is used).
+    compiled: folder of programs that `jaxllm compile` made; nothing is compiled then. Such files
+        are code: name only a folder that you trust.
     forbid_compile: compile all ahead; from then on a compilation during a step is an error.
     attention: implementation of attention; None: the best of the platform.
     layer_loop: "auto" ("packed" on CPU in bfloat16, if its kernels were built, and "switch" if not;
@@ -50,6 +52,7 @@ class EngineOptions:
     overlap: bool = True
     max_steps_per_dispatch: int | None = None
     compilation: str = "background"
+    compiled: str | Path | None = None
     forbid_compile: bool = False
     attention: str | None = None
     layer_loop: str = "auto"
@@ -70,7 +73,7 @@ class EngineOptions:
             check(name, isinstance(getattr(self, name), bool), "True or False")
         for name in ("revision", "attention"):
             check(name, isinstance(getattr(self, name), str | None), "a string or None")
-        for name in ("tokenizer", "cache_dir", "profile_dir"):
+        for name in ("tokenizer", "cache_dir", "profile_dir", "compiled"):
             check(name, isinstance(getattr(self, name), str | Path | None), "a path or None")
         check("seed", type(self.seed) is int, "an integer")
 

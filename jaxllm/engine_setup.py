@@ -3,9 +3,11 @@ devices that are there or only described. Nothing here needs weights."""
 
 from __future__ import annotations
 
+import logging
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+import jax
 import jax.numpy as jnp
 
 from jaxllm.config import EngineConfig, ModelConfig
@@ -18,6 +20,8 @@ from jaxllm.runtime.programs import StepPrograms
 from jaxllm.runtime.sharding import Placement, check_divisible, device_bytes, kv_repeats
 from jaxllm.runtime.step import StepOptions
 from pallas_kernels import native
+
+logger = logging.getLogger(__name__)
 
 
 def build_model(config: ModelConfig, options: EngineOptions, placement: Placement) -> Model:
@@ -74,52 +78,76 @@ def smallest_config(model: Model, options: EngineOptions, placement: Placement) 
     )
 
 
-def with_largest_pool(
-    config: EngineConfig, model: Model, placement: Placement, budget: int
-) -> EngineConfig:
-    """The same limits with as many blocks as a budget, bytes of one device, holds."""
-    num_blocks = memory.num_pool_blocks(
-        budget,
-        block_bytes(model, config.block_size, placement),
-        config.block_size,
-        config.max_num_seqs,
-        config.max_model_len,
-    )
-    return replace(config, num_blocks=num_blocks)
+@dataclass(frozen=True)
+class DeviceNeeds:
+    """Bytes that an engine takes of one device beside its pool, and those of a block in it, all as
+    the compiler says. step: the largest bucket's."""
+
+    parameters: int
+    state: int
+    block: int
+    step: StepMemory
+
+    @classmethod
+    def of(cls, programs: StepPrograms, pool: jax.stages.Compiled, step: StepMemory) -> DeviceNeeds:
+        """From the compiled `programs.pool()` and the largest bucket's step. What a device pads of
+        the arguments counts as the parameters'."""
+        pool_bytes = StepMemory.of(pool).temporaries  # a result that is no argument's memory
+        state = device_bytes(programs.state[1:])
+        block = -(-pool_bytes // programs.config.num_blocks)
+        return cls(step.arguments - pool_bytes - state, state, block, step)
+
+    def left_for_pool(self, device_memory: int, num_programs: int) -> int:
+        """Bytes of a device that the pool may take."""
+        return memory.left_for_pool(
+            device_memory, parameters=self.parameters, state=self.state, step=self.step,
+            num_programs=num_programs,
+        )  # fmt: skip
 
 
-def block_bytes(model: Model, block_size: int, placement: Placement) -> int:
-    """Bytes of one block on one device."""
-    return kv_cache.block_bytes(model.config, block_size, model.dtype) // placement.num_devices
-
-
-def pool_budget(
-    model: Model,
+def with_pool(
     smallest: EngineConfig,
+    model: Model,
     options: EngineOptions,
     placement: Placement,
     compiler: Compiler,
-) -> int:
-    """Bytes that the pool may take on one device that is there: what the user says, a share of the
-    host's memory, or what is left beside all else that the engine needs."""
-    if options.kv_cache_memory_bytes is not None:
-        return options.kv_cache_memory_bytes
-    if placement.platform == "cpu":
-        return memory.host_pool_budget()
-    total = memory.device_memory(placement.devices[0])
-    # What a step needs does not depend on how many blocks there are.
-    programs = StepPrograms(model, smallest, placement, step_options(options, placement))
-    largest = programs.step(programs.largest_bucket)
-    largest = replace(largest, name=f"{largest.name}, smallest pool")
-    compiler.submit(largest)
-    step = StepMemory.of(compiler.get(largest.name))
-    return memory.left_for_pool(
-        total,
-        parameters=device_bytes(programs.parameters),
-        state=device_bytes(programs.state[1:]),
-        step=step,
-        num_programs=len(programs.all()),
+    device_memory: int | None = None,
+) -> EngineConfig:
+    """The limits with a pool of the size that the user says, of a share of the host's memory, or of
+    what an accelerator has left beside all else that the engine needs. device_memory: bytes, of an
+    accelerator that cannot be asked."""
+    budget = options.kv_cache_memory_bytes
+    block = block_bytes(model, smallest.block_size, placement)
+    if budget is None and placement.platform == "cpu":
+        budget = memory.host_pool_budget()
+    if budget is None:
+        total = device_memory or memory.device_memory(placement.devices[0])
+        programs = StepPrograms(model, smallest, placement, step_options(options, placement))
+        needs = _measure(programs, compiler)
+        budget, block = needs.left_for_pool(total, len(programs.all())), needs.block
+        logger.info(
+            "of %.2f GiB, %.2f are left for the block pool and %.2f alone",
+            total / memory.GIB, budget / memory.GIB, memory.reserve(total) / memory.GIB,
+        )  # fmt: skip
+    num_blocks = memory.num_pool_blocks(
+        budget, block, smallest.block_size, smallest.max_num_seqs, smallest.max_model_len
     )
+    return replace(smallest, num_blocks=num_blocks)
+
+
+def _measure(programs: StepPrograms, compiler: Compiler) -> DeviceNeeds:
+    """With the smallest pool: what a step needs does not depend on how many blocks there are."""
+    step = programs.step(programs.largest_bucket)
+    step = replace(step, name=f"{step.name}, smallest pool")
+    pool = programs.pool()
+    for program in (pool, step):
+        compiler.submit(program)
+    return DeviceNeeds.of(programs, compiler.get(pool.name), StepMemory.of(compiler.get(step.name)))
+
+
+def block_bytes(model: Model, block_size: int, placement: Placement) -> int:
+    """Bytes of one block on one device, without padding."""
+    return kv_cache.block_bytes(model.config, block_size, model.dtype) // placement.num_devices
 
 
 def _keys_vary(model: Model, max_model_len: int) -> bool:

@@ -17,7 +17,13 @@ from jax.sharding import AbstractMesh, AxisType
 from jaxllm.config import EngineConfig, ModelConfig
 from jaxllm.engine.batch import Bucket
 from jaxllm.engine_options import EngineOptions
-from jaxllm.engine_setup import block_bytes, build_model, smallest_config, step_options
+from jaxllm.engine_setup import (
+    DeviceNeeds,
+    block_bytes,
+    build_model,
+    smallest_config,
+    step_options,
+)
 from jaxllm.runtime import memory
 from jaxllm.runtime.buckets import fitting
 from jaxllm.runtime.chips import Chip, described_devices
@@ -106,7 +112,7 @@ class Planner:
     ) -> None:  # fmt: skip
         self.chip, self.num_chips = chip, num_chips
         self._config, self._options, self._progress = config, options, progress
-        placement = Placement.on(described_devices(chip, num_chips), described=True)
+        placement = Placement.on(described_devices(chip, num_chips), on_mesh=True)
         self.programs = _programs(config, options, placement)
         self._flops: dict[Bucket, float] = {}  # of one device
         self._sent: dict[Bucket, float] = {}
@@ -117,7 +123,7 @@ class Planner:
         if not plan.fits:
             return replace(plan, advice=self._advice(plan))
         try:
-            step = self._compile(self.programs.largest_bucket)
+            needs = self._needs()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -128,8 +134,10 @@ class Planner:
         plan = replace(
             plan,
             is_compiled=True,
-            temporaries=step.temporaries,
-            programs=step.code * len(self.programs.all()),
+            parameters=needs.parameters,
+            block=needs.block,
+            temporaries=needs.step.temporaries,
+            programs=needs.step.code * len(self.programs.all()),
         )
         if not plan.fits:
             return replace(plan, advice=self._advice(plan))
@@ -145,6 +153,11 @@ class Planner:
             memory.reserve(total),
             block_bytes(programs.model, programs.config.block_size, programs.placement), False,
         )  # fmt: skip
+
+    def _needs(self) -> DeviceNeeds:
+        programs = self.programs
+        _, pool = lower(programs.pool(), programs.placement)
+        return DeviceNeeds.of(programs, pool.compile(), self._compile(programs.largest_bucket))
 
     def _compile(self, bucket: Bucket) -> StepMemory:
         """What a bucket's step takes; keeps its products and collectives."""

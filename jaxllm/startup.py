@@ -20,10 +20,9 @@ from jaxllm.engine.request import Request
 from jaxllm.engine_options import EngineOptions
 from jaxllm.engine_setup import (
     build_model,
-    pool_budget,
     smallest_config,
     step_options,
-    with_largest_pool,
+    with_pool,
 )
 from jaxllm.loading.config_json import generation_defaults, model_config_from_hf
 from jaxllm.loading.gguf_source import GGUFFile
@@ -35,6 +34,7 @@ from jaxllm.models.decoder import Model
 from jaxllm.prompts import TokenizedPrompt
 from jaxllm.runtime.buckets import TokenRounding
 from jaxllm.runtime.compilation import Compiler, ProgramCache
+from jaxllm.runtime.compiled_folder import CompiledFolder
 from jaxllm.runtime.memory import MemoryPlan
 from jaxllm.runtime.model_runner import ModelRunner
 from jaxllm.runtime.profile import Profile
@@ -127,28 +127,34 @@ def start_engine(model_name: str, options: EngineOptions) -> RunningEngine:
     files = find_model(model_name, revision=options.revision, cache_dir=cache_dir)
     checkpoint = _Checkpoint.open(files)
     check_num_layers(checkpoint.config, checkpoint.source)
-    placement = _placement(options.tensor_parallel_size)
+    compiled = None if options.compiled is None else CompiledFolder(Path(options.compiled))
+    placement = real_placement(
+        options.tensor_parallel_size, on_mesh=compiled is not None and compiled.on_mesh
+    )
     model = build_model(checkpoint.config, options, placement)
     plan_leaves(checkpoint.config, model.abstract_parameters(), checkpoint.source)
     smallest = smallest_config(model, options, placement)
     opened = time.monotonic()
 
-    programs = ProgramCache.open(cache_dir / "programs") if options.program_cache else None
+    steps = step_options(options, placement)
     compiler = Compiler(
-        programs,
+        ProgramCache.open(cache_dir / "programs") if options.program_cache else None,
         num_threads=max(1, (os.cpu_count() or 1) // 2),  # LLVM uses several cores for one program
         forbid_late=options.forbid_compile,
         placement=placement,
+        compiled=compiled,
     )
     try:
-        budget = pool_budget(model, smallest, options, placement, compiler)
-        config = with_largest_pool(smallest, model, placement, budget)
+        if compiled is None:
+            config = with_pool(smallest, model, options, placement, compiler)
+        else:
+            config = compiled.config(model, smallest, steps, placement)
         runner = ModelRunner(
             model,
             config,
             compiler,
             placement=placement,
-            options=step_options(options, placement),
+            options=steps,
             on_demand=options.compilation == "on_demand",
         )
         tokenizer = checkpoint.tokenizer(options.tokenizer)
@@ -197,14 +203,15 @@ def _end_tokens(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
     return (*ids, eos)
 
 
-def _placement(num_devices: int) -> Placement:
+def real_placement(num_devices: int, *, on_mesh: bool = False) -> Placement:
+    """So many of this machine's devices. Raises ValueError if it has fewer."""
     devices = jax.devices()
     if num_devices > len(devices):
         raise ValueError(
             f"tensor_parallel_size {num_devices} is more than the {len(devices)} devices "
             f"({devices[0].device_kind}) of this machine"
         )
-    return Placement.on(devices[:num_devices])
+    return Placement.on(devices[:num_devices], on_mesh=on_mesh)
 
 
 def _load(checkpoint: _Checkpoint, model: Model, placement: Placement) -> dict[str, Any]:

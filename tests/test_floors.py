@@ -36,6 +36,7 @@ FLOORS = {
     "jaxllm.prompts": 5,
     "jaxllm.engine_setup": 5,
     "jaxllm.planning": 5,
+    "jaxllm.compile_ahead": 5,
     "jaxllm.startup": 5,
     "jaxllm.llm": 5,
     "jaxllm.engine_thread": 5,

@@ -58,6 +58,7 @@ ENGINE_HELP = {
     "overlap": "prepare a step while the one before it runs",
     "max_steps_per_dispatch": "most tokens of an answer that are computed at a time",
     "forbid_compile": "a compilation after warm-up is an error",
+    "compiled": "folder of programs made by jaxllm compile; they are code, so one that you trust",
     "compilation": "background, ahead (before the start) or on_demand",
     "attention": "implementation of attention; default: the platform's best",
     "layer_loop": "auto, packed, switch or scan",

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxllm.cli.settings import UsageError, read_settings
+from jaxllm.cli.settings import Settings, UsageError, read_settings
+from jaxllm.config import ModelConfig
+from jaxllm.engine_options import EngineOptions
 
 if TYPE_CHECKING:
     from jaxllm.planning import Bound, Plan
@@ -38,21 +40,28 @@ def run(arguments: argparse.Namespace) -> int:
     settings = read_settings(arguments)
     if arguments.prompt_len < 1:
         raise UsageError(f"--prompt-len must be at least 1, got {arguments.prompt_len}")
-    from jaxllm.loading.hub import cache_folder
-    from jaxllm.loading.read_config import read_model_config
     from jaxllm.planning import Planner
 
     options = settings.engine_options()
     chip, num_chips = chosen_chips(arguments, options.tensor_parallel_size)
+    config = read_model(settings, options)
     assert settings.model is not None
-    cache_dir = Path(options.cache_dir) if options.cache_dir else cache_folder()
-    config = read_model_config(settings.model, revision=options.revision, cache_dir=cache_dir)
     plan = Planner(config, options, chip, num_chips, progress).plan(arguments.prompt_len)
     if arguments.json:
         print(json.dumps(as_json(settings.model, plan)))
     else:
         print("\n".join(as_text(settings.model, plan)))
     return 0 if plan.fits else 1
+
+
+def read_model(settings: Settings, options: EngineOptions) -> ModelConfig:
+    """The configuration of the model that was named."""
+    from jaxllm.loading.hub import cache_folder
+    from jaxllm.loading.read_config import read_model_config
+
+    assert settings.model is not None
+    cache_dir = Path(options.cache_dir) if options.cache_dir else cache_folder()
+    return read_model_config(settings.model, revision=options.revision, cache_dir=cache_dir)
 
 
 def chosen_chips(arguments: argparse.Namespace, tensor_parallel_size: int) -> tuple[Any, int]:

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jaxlib
@@ -58,6 +58,12 @@ def deserialize(
     )
 
 
+def others_may_write(folder: Path) -> bool:
+    """Whether another user could put code into a folder."""
+    status = folder.stat()
+    return hasattr(os, "getuid") and (status.st_uid != os.getuid() or bool(status.st_mode & 0o022))
+
+
 class ProgramCache:
     """Serialized programs in a folder, one file each, named by the hash of what made them. Each
     change of the source leaves a set of them behind, so those used longest ago go when all together
@@ -73,11 +79,11 @@ class ProgramCache:
         be made or if others could write to it."""
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            status = folder.stat()
+            is_unsafe = others_may_write(folder)
         except OSError as error:
             logger.warning("no program cache: %s", error.strerror)
             return None
-        if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o022):
+        if is_unsafe:
             logger.warning("no program cache: others may write to its folder; chmod 700 it")
             return None
         return cls(folder)
@@ -132,6 +138,12 @@ class ProgramCache:
                 break
             path.unlink(missing_ok=True)
             surplus -= size
+
+
+class ProgramSource(Protocol):
+    """Where compiled programs come from, see compiled_folder.py."""
+
+    def load(self, program: Program, devices: Sequence[jax.Device]) -> jax.stages.Compiled: ...
 
 
 class _Workers:
@@ -199,6 +211,7 @@ class Compiler:
     """Compiles programs on background threads and hands them out by name. A held program waits
     until it is asked for or all are released.
 
+    compiled: where programs come from instead; then none is compiled.
     forbid_late: once `wait()` has returned, a compilation inside `guard()` raises LateCompileError.
     """
 
@@ -209,7 +222,9 @@ class Compiler:
         num_threads: int,
         forbid_late: bool = False,
         placement: Placement | None = None,
+        compiled: ProgramSource | None = None,
     ) -> None:
+        self._compiled = compiled
         self._program_cache = program_cache
         self._placement = placement or Placement.on(jax.devices()[:1])
         self._workers = _Workers(num_threads)
@@ -301,6 +316,9 @@ class Compiler:
 
     def _build(self, program: Program) -> jax.stages.Compiled:
         started = time.monotonic()
+        if self._compiled is not None:
+            self.num_loaded += 1
+            return self._compiled.load(program, self._placement.devices)
         key = program_key(program, self._placement.devices)
         if self._program_cache is not None:
             loaded = self._program_cache.load(key, program, self._placement.devices)
@@ -340,16 +358,21 @@ def lower(program: Program, placement: Placement) -> tuple[jax.stages.Traced, ja
 
 def program_key(program: Program, devices: Sequence[jax.Device]) -> str:
     """A name for a program: of its arguments' shapes, of this package's code, of the machine."""
+    content = repr((program_shape(program), source_digest(), _machine(tuple(devices))))
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def program_shape(program: Program) -> str:
+    """A hash of what a program depends on beside the code and the machine."""
     leaves = jax.tree.leaves(program.arguments)
     shapes = [(leaf.shape, str(leaf.dtype), str(leaf.sharding)) for leaf in leaves]
     tree = jax.tree.structure((program.arguments, program.out))
-    what = (str(program.name), program.key, program.donate, shapes, str(tree))
-    content = repr((what, _source_digest(), _machine(tuple(devices))))
+    content = repr((str(program.name), program.key, program.donate, shapes, str(tree)))
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 @cache
-def _source_digest() -> str:
+def source_digest() -> str:
     """Of the source files that decide what a step computes."""
     digest = hashlib.sha256()
     package = Path(__file__).parents[1]
@@ -366,18 +389,23 @@ def _source_digest() -> str:
 def _machine(devices: tuple[jax.Device, ...]) -> tuple[str, ...]:
     """What a compiled program depends on beside its source."""
     kind = f"{devices[0].platform} {devices[0].device_kind} x{len(devices)}"
-    cpu = ""
-    if devices[0].platform == "cpu":  # a program may use any instruction that this CPU has
-        info = Path("/proc/cpuinfo")
-        features = (
-            [line for line in info.read_text().splitlines() if line.startswith("flags")][:1]
-            if info.is_file()
-            else [platform.processor()]
-        )
-        cpu = f"{platform.machine()} {os.cpu_count()} {features}"
+    cpu = processor(devices[0])
     platform_version = devices[0].client.platform_version  # libtpu's, the driver's
     versions = (jax.__version__, jaxlib.__version__, version("flax"), platform_version)
     flags = tuple(os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"))
     settings = ("jax_enable_x64", "jax_default_matmul_precision")
     precision = [str(getattr(jax.config, name)) for name in settings]
     return (*versions, kind, cpu, *flags, *precision)
+
+
+def processor(device: jax.Device) -> str:
+    """Of a CPU, all instructions of which a program may use; else nothing."""
+    if device.platform != "cpu":
+        return ""
+    info = Path("/proc/cpuinfo")
+    features = (
+        [line for line in info.read_text().splitlines() if line.startswith("flags")][:1]
+        if info.is_file()
+        else [platform.processor()]
+    )
+    return f"{platform.machine()} {os.cpu_count()} {features}"

@@ -23,11 +23,12 @@ RESERVE_SHARE = 0.04  # of an accelerator's memory, for the runtime and fragment
 
 @dataclass(frozen=True)
 class StepMemory:
-    """What a step's program takes of a device beside its arguments, in bytes. temporaries: those
-    and the results that are no argument's memory; code: the program itself."""
+    """What a step's program takes of a device, in bytes. temporaries: those and the results that
+    are no argument's memory; code: the program itself."""
 
     temporaries: int
     code: int = 0
+    arguments: int = 0
 
     @classmethod
     def of(cls, compiled: jax.stages.Compiled) -> StepMemory:
@@ -37,7 +38,9 @@ class StepMemory:
             return cls(0)
         results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
         return cls(
-            analysis.temp_size_in_bytes + max(0, results), analysis.generated_code_size_in_bytes
+            analysis.temp_size_in_bytes + max(0, results),
+            analysis.generated_code_size_in_bytes,
+            analysis.argument_size_in_bytes,
         )
 
     @classmethod

@@ -57,7 +57,7 @@ class StepPrograms:
         self.placement = placement
         self.buckets = plan_buckets(config.max_num_seqs, config.max_num_batched_tokens)
         self.layouts = {bucket: self._layout(bucket) for bucket in self.buckets}
-        self._options = options._replace(mesh=placement.mesh)
+        self.options = options._replace(mesh=placement.mesh)
 
     @cached_property
     def parameters(self) -> Any:
@@ -109,6 +109,15 @@ class StepPrograms:
 
         return Program(ALLOCATE, new_state, (), _shardings(state), None, (*self._key, state))
 
+    def pool(self) -> Program:
+        """() -> the block pool alone; its size is what a device stores, padding included."""
+        pool: Any = self.state.kv_pool
+
+        def new_pool() -> jax.Array:
+            return kv_cache.new_pool(pool)
+
+        return Program("pool", new_pool, (), pool.sharding or False, None, (pool,))
+
     def step(self, bucket: Bucket) -> Program:
         """The step of a bucket."""
         layout = self.layouts[bucket]
@@ -117,7 +126,7 @@ class StepPrograms:
         logprobs = Logprobs(0, 0, 0, 0)  # type: ignore[arg-type]
         outputs = StepOutputs(0, 0, logprobs, logprobs)  # type: ignore[arg-type]
         out = (_shardings(self.state), jax.tree.map(lambda _: packed.sharding or False, outputs))
-        step = make_step(self.model, layout, self._options)
+        step = make_step(self.model, layout, self.options)
         return Program(bucket, step, (leaves, self.state, packed), out, 1, self._key)
 
     def write_row(self) -> Program:
@@ -134,7 +143,7 @@ class StepPrograms:
     @property
     def _key(self) -> tuple[Any, ...]:
         model = self.model
-        return (model.config, model.layer_loop, str(model.dtype), self._options)
+        return (model.config, model.layer_loop, str(model.dtype), self.options)
 
     def _layout(self, bucket: Bucket) -> PackedLayout:
         max_steps = self.config.max_steps_per_dispatch if bucket.decode_only else 1

@@ -66,9 +66,10 @@ class Placement:
     mesh: Mesh | None
 
     @classmethod
-    def on(cls, devices: Sequence[jax.Device], *, described: bool = False) -> Placement:
-        """All devices share the model. described: they are not there, see chips.py."""
-        if len(devices) == 1 and not described:
+    def on(cls, devices: Sequence[jax.Device], *, on_mesh: bool = False) -> Placement:
+        """All devices share the model. on_mesh: one has a mesh too, as those that are only
+        described need it (see chips.py), and what was compiled for them."""
+        if len(devices) == 1 and not on_mesh:
             return cls(tuple(devices), None)
         mesh = Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
         return cls(tuple(devices), mesh)

@@ -199,9 +199,9 @@ def test_the_key_tells_programs_apart(monkeypatch: pytest.MonkeyPatch) -> None:
         key(arguments=({"a": VECTOR, "b": longer},)),
         key(arguments=({"a": VECTOR, "c": VECTOR},)),
         key(arguments=(VECTOR, VECTOR)),
-        key(arguments=Placement.on(devices, described=True).whole(ARGS)),
+        key(arguments=Placement.on(devices, on_mesh=True).whole(ARGS)),
     ]
-    monkeypatch.setattr(compilation, "_source_digest", lambda: "other source")
+    monkeypatch.setattr(compilation, "source_digest", lambda: "other source")
     keys.append(key())
     monkeypatch.undo()
     monkeypatch.setattr(compilation, "_machine", lambda _: ("another machine",))
@@ -211,7 +211,7 @@ def test_the_key_tells_programs_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     assert key() == keys[0]
 
 
-def test_source_digest_covers_what_a_step_is_made_of(
+def testsource_digest_covers_what_a_step_is_made_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = tmp_path / "jaxllm"
@@ -221,7 +221,7 @@ def test_source_digest_covers_what_a_step_is_made_of(
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).write_text("before")
     monkeypatch.setattr(compilation, "__file__", str(package / "runtime" / "compilation.py"))
-    digest = compilation._source_digest.__wrapped__
+    digest = compilation.source_digest.__wrapped__
     digests = {digest()}
     for name in names:
         (package / name).write_text("after")
