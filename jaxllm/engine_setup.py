@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import jax
@@ -81,7 +82,7 @@ def smallest_config(model: Model, options: EngineOptions, placement: Placement) 
 @dataclass(frozen=True)
 class DeviceNeeds:
     """Bytes that an engine takes of one device beside its pool, and those of a block in it, all as
-    the compiler says. step: the largest bucket's."""
+    the compiler says. step: the most of all buckets."""
 
     parameters: int
     state: int
@@ -89,12 +90,19 @@ class DeviceNeeds:
     step: StepMemory
 
     @classmethod
-    def of(cls, programs: StepPrograms, pool: jax.stages.Compiled, step: StepMemory) -> DeviceNeeds:
-        """From the compiled `programs.pool()` and the largest bucket's step. What a device pads of
-        the arguments counts as the parameters'."""
+    def of(
+        cls, programs: StepPrograms, pool: jax.stages.Compiled, steps: Sequence[StepMemory]
+    ) -> DeviceNeeds:
+        """From the compiled `programs.pool()` and the steps of `programs.measured_buckets`. What a
+        device pads of the arguments counts as the parameters'."""
         pool_bytes = StepMemory.of(pool).temporaries  # a result that is no argument's memory
         state = device_bytes(programs.state[1:])
         block = -(-pool_bytes // programs.config.num_blocks)
+        step = StepMemory(
+            max(step.temporaries for step in steps),
+            max(step.code for step in steps),
+            max(step.arguments for step in steps),
+        )
         return cls(step.arguments - pool_bytes - state, state, block, step)
 
     def left_for_pool(self, device_memory: int, num_programs: int) -> int:
@@ -137,12 +145,13 @@ def with_pool(
 
 def _measure(programs: StepPrograms, compiler: Compiler) -> DeviceNeeds:
     """With the smallest pool: what a step needs does not depend on how many blocks there are."""
-    step = programs.step(programs.largest_bucket)
-    step = replace(step, name=f"{step.name}, smallest pool")
-    pool = programs.pool()
-    for program in (pool, step):
+    wanted = [programs.pool()]
+    for bucket in programs.measured_buckets:
+        wanted.append(replace(programs.step(bucket), name=f"{bucket}, smallest pool"))
+    for program in wanted:
         compiler.submit(program)
-    return DeviceNeeds.of(programs, compiler.get(pool.name), StepMemory.of(compiler.get(step.name)))
+    pool, *steps = (compiler.get(program.name) for program in wanted)
+    return DeviceNeeds.of(programs, pool, [StepMemory.of(step) for step in steps])
 
 
 def block_bytes(model: Model, block_size: int, placement: Placement) -> int:

@@ -157,7 +157,8 @@ class Planner:
     def _needs(self) -> DeviceNeeds:
         programs = self.programs
         _, pool = lower(programs.pool(), programs.placement)
-        return DeviceNeeds.of(programs, pool.compile(), self._compile(programs.largest_bucket))
+        steps = [self._compile(bucket) for bucket in programs.measured_buckets]
+        return DeviceNeeds.of(programs, pool.compile(), steps)
 
     def _compile(self, bucket: Bucket) -> StepMemory:
         """What a bucket's step takes; keeps its products and collectives."""

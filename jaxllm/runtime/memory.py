@@ -68,7 +68,7 @@ class MemoryPlan:
     def on_device(
         cls, parameters: int, pool: int, state: int, step: StepMemory, num_programs: int
     ) -> MemoryPlan:
-        """That of an accelerator. step: of the largest bucket; no program has more code."""
+        """That of an accelerator. step: the most of any bucket."""
         return cls(parameters, pool, state, step.temporaries, step.code * num_programs)
 
     @property
@@ -126,7 +126,7 @@ def reserve(device_memory: int) -> int:
 def left_for_pool(
     device_memory: int, *, parameters: int, state: int, step: StepMemory, num_programs: int
 ) -> int:
-    """Bytes of an accelerator's memory that nothing else needs. step: of the largest bucket."""
+    """Bytes of an accelerator's memory that nothing else needs. step: the most of any bucket."""
     others = MemoryPlan.on_device(parameters, 0, state, step, num_programs)
     return device_memory - reserve(device_memory) - others.total
 

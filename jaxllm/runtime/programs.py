@@ -94,6 +94,14 @@ class StepPrograms:
         """The one whose step needs most memory."""
         return max(self.buckets, key=lambda b: (not b.decode_only, b.num_tokens, b.num_seqs))
 
+    @property
+    def measured_buckets(self) -> list[Bucket]:
+        """Those whose needs stand for all: the one with most tokens, and of those that decode the
+        largest and the smallest. A compiler may lay out weights anew for a program that loops, or
+        for few rows, and that takes more than activations do."""
+        decode = sorted((b for b in self.buckets if b.decode_only), key=lambda b: b.num_seqs)
+        return list(dict.fromkeys([self.largest_bucket, decode[-1], decode[0]]))
+
     def all(self) -> list[Program]:
         """Every program, in the order of compilation."""
         return [self.allocate(), *map(self.step, self.order), self.write_row()]
