@@ -127,10 +127,8 @@ class Planner:
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            step = self._estimated()  # the program alone is too large
-            return replace(
-                plan, temporaries=max(step.temporaries, plan.pool), advice=self._advice(plan)
-            )
+            # a program alone is too large
+            return replace(plan, temporaries=plan.pool, advice=self._advice(plan))
         plan = replace(
             plan,
             is_compiled=True,
@@ -245,8 +243,10 @@ class Planner:
         return StepMemory.estimated(model.config, largest.num_tokens, largest.num_seqs)
 
     def _advice(self, plan: Plan) -> tuple[str, ...]:
-        """Changes that would make room, each alone. Other numbers of chips by shapes, with the
-        temporaries of this plan."""
+        """Changes that would make room, each alone, by shapes and with the temporaries of this
+        plan; where none was compiled, with an upper bound on them."""
+        if not plan.is_compiled:
+            plan = replace(plan, temporaries=self._estimated().temporaries)
         found = [self._more_chips(plan), self._shorter(plan), self._fewer_sequences(plan)]
         lacking = plan.config.max_blocks_per_seq * plan.block - plan.pool
         smaller = plan.parameters // 2

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -87,11 +88,7 @@ def copies_pool(hlo: str, pool: Any) -> bool:
     shape: a copy, also to another layout."""
     shape = pool.sharding.shard_shape(pool.shape)
     text = f"[{','.join(map(str, shape))}]"
-    for line in hlo.splitlines():
-        made, _, code = line.partition(" = ")[2].partition(" copy")
-        if code and text in made and "(" not in made:
-            return True
-    return False
+    return any(text in made for made in re.findall(r" = (.*?) copy(?:-start)?\(", hlo))
 
 
 def _programs(setup: Setup, chip_name: str) -> StepPrograms:
