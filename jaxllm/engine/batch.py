@@ -72,6 +72,9 @@ class PackedLayout:
             "token_ids": (self.bucket.num_tokens,),
             "query_start": (num_seqs + 1,),
             "distribution": (3,),
+            "logit_rows": (num_seqs,),  # of the query tokens, the one that each row samples after
+            "counts": (2,),  # rows that are real; blocks to copy
+            "copies": (num_seqs, 2),  # source and destination
             "block_tables": (num_seqs, self.max_blocks),
             "row_fields": (len(ROW_FIELDS), num_seqs),
         }
@@ -130,6 +133,7 @@ class BatchPacker:
         # the same slot: its blocks are others.
         self._owner = [(-1, 0)] * rows  # (sequence_id, num_preemptions)
         self._num_blocks = [0] * rows
+        self._table_versions = [0] * rows
 
     def new_table_rows(self, batch: Batch) -> list[Sequence]:
         """Takes in the sequences that are new in their slots; returns those whose row of the
@@ -152,7 +156,7 @@ class BatchPacker:
     def _take_slot(self, sequence: Sequence) -> None:
         slot, params = sequence.slot, sequence.params
         self._owner[slot] = (sequence.sequence_id, sequence.num_preemptions)
-        self._num_blocks[slot] = 0
+        self._num_blocks[slot], self._table_versions[slot] = 0, sequence.table_version
         fields = self._fields
         fields["prompt_lens"][slot] = sequence.num_prompt_tokens
         fields["seed_low"][slot] = _as_int32(sequence.seed)
@@ -184,11 +188,7 @@ class BatchPacker:
 
         buffer = np.zeros(layout.size, np.int32)
         layout.view(buffer, "token_ids")[: len(token_ids)] = token_ids
-        query_start = layout.view(buffer, "query_start")
-        query_start[1 : len(slots) + 1] = [s.num_tokens for s in batch.sequences]
-        np.cumsum(query_start, out=query_start)
-        distribution = (batch.num_decodes, batch.num_decodes, len(slots))
-        layout.view(buffer, "distribution")[:] = distribution
+        self._write_shape(batch, layout, buffer)
         padded_slots = np.full(layout.bucket.num_seqs, self._num_slots)
         padded_slots[: len(slots)] = slots
         # All slots exist; mode "clip" only lets numpy write into `out` without a buffer.
@@ -200,6 +200,24 @@ class BatchPacker:
             stop_ids = layout.view(buffer, "stop_ids")
             np.take(self._stop_ids, padded_slots, axis=0, out=stop_ids, mode="clip")
         return buffer
+
+    @staticmethod
+    def _write_shape(batch: Batch, layout: PackedLayout, buffer: np.ndarray) -> None:
+        """Which rows have which tokens, what they sample after, and the blocks to copy. Rows without
+        a token, the last ones, take no part in attention."""
+        num_rows, num_leaders = len(batch.sequences), len(batch.leaders)
+        num_seqs = num_rows - num_leaders
+        query_start = layout.view(buffer, "query_start")
+        query_start[1 : num_rows + 1] = [s.num_tokens for s in batch.sequences]
+        np.cumsum(query_start, out=query_start)
+        logit_rows = layout.view(buffer, "logit_rows")
+        np.subtract(query_start[1 : num_seqs + 1], 1, out=logit_rows[:num_seqs])
+        if num_leaders:
+            logit_rows[num_seqs:num_rows] = logit_rows[batch.leaders]
+        layout.view(buffer, "distribution")[:] = (batch.num_decodes, batch.num_decodes, num_seqs)
+        layout.view(buffer, "counts")[:] = (num_rows, len(batch.copies))
+        if batch.copies:
+            layout.view(buffer, "copies")[: len(batch.copies)] = batch.copies
 
     def _write_progress(self, batch: Batch) -> list[int]:
         """Brings the fields that change from step to step up to date. Returns the rows' slots."""
@@ -220,6 +238,8 @@ class BatchPacker:
     def _grow_block_table(self, sequence: Sequence) -> None:
         slot, table = sequence.slot, sequence.block_table
         written = self._num_blocks[slot]
+        if sequence.table_version != self._table_versions[slot]:
+            self._table_versions[slot], written = sequence.table_version, 0
         if len(table) != written:
             self._block_tables[slot, written : len(table)] = table[written:]
             self._num_blocks[slot] = len(table)

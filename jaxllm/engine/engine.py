@@ -151,8 +151,7 @@ class Engine:
             sequence_state = SequenceState(state, sequence, detokenizer)
             state.sequences.append(sequence_state)
             self._states[sequence.sequence_id] = sequence_state
-        for sequence_state in state.sequences:
-            self.scheduler.add(sequence_state.sequence)
+        self.scheduler.add(*(sequence_state.sequence for sequence_state in state.sequences))
 
     def _make_sequences(self, request: Request, prompt_token_ids: list[int]) -> list[Sequence]:
         seed = request.params.seed

@@ -49,6 +49,9 @@ class Sequence:
     A dispatched step that samples appends ON_DEVICE for each token it will yield; its result
     replaces them. The last num_pending of token_ids are such. Only what is known is shown to a
     user, hashed, or written to a sampling table.
+
+    followers: sequences of the same request that are not scheduled before this one's prompt is
+    computed; then they begin with its blocks.
     """
 
     sequence_id: int  # unique within the engine, never reused
@@ -73,6 +76,10 @@ class Sequence:
     num_computed_tokens: int = 0
     num_pending: int = 0
     num_registered_blocks: int = 0  # the first ones of block_table, which the pool has been told of
+    followers: list[Sequence] = field(default_factory=list)
+    num_reserved_slots: int = 0  # kept free for followers
+    is_forked: bool = False  # the block of its last token may be in other tables too
+    table_version: int = 0  # raised when block_table changes otherwise than at its end
     attempt: int = 0  # raised when what steps under way yield for it must not be used
     num_cached_tokens: int = 0  # of the prompt, found in the pool at first admission
     num_preemptions: int = 0
@@ -121,10 +128,10 @@ class Sequence:
 
 
 class ScheduledSequence(NamedTuple):
-    """num_tokens query tokens of a sequence, from token start on. samples: how many tokens the step
-    may yield for it; 0 unless it computes the last of token_ids. More than one only in a batch of
-    several steps, and fewer come only if the sequence ends with the last of them. attempt: the
-    sequence's, when it was scheduled."""
+    """num_tokens query tokens of a sequence, from token start on; none of one that only samples, see
+    Batch.leaders. samples: how many tokens the step may yield for it; 0 unless the last of token_ids
+    is computed. More than one only in a batch of several steps, and fewer come only if the sequence
+    ends with the last of them. attempt: the sequence's, when it was scheduled."""
 
     sequence: Sequence
     start: int
@@ -136,12 +143,17 @@ class ScheduledSequence(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Batch:
     """What one step computes. Decoding sequences (one query token, sampling) come first. num_steps:
-    how often the device decodes before it returns; above 1 only if all sequences decode."""
+    how often the device decodes before it returns; above 1 only if all sequences decode. leaders:
+    one entry for each of the last rows of ``sequences``, those without a query token; it is the row
+    from whose logits they sample. copies: (source, destination) of whole blocks, made in this order
+    before anything else."""
 
     sequences: list[ScheduledSequence]
     num_tokens: int
     num_decodes: int
     num_steps: int = 1
+    leaders: list[int] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def num_computed_tokens(self) -> int:

@@ -14,7 +14,7 @@ from jaxllm.config import ModelConfig
 from jaxllm.engine.batch import FLOAT_FIELDS, ROW_FIELDS, PackedLayout
 from jaxllm.engine.sequence import NOT_FINITE, ON_DEVICE
 from jaxllm.models.decoder import Model, Parameters
-from jaxllm.runtime import sampler
+from jaxllm.runtime import kv_cache, sampler
 from jaxllm.runtime.pooling import pool_hidden
 from jaxllm.runtime.sampler import Logprobs, SamplingInputs
 from pallas_kernels.ragged_paged_attention.api import ragged_paged_attention
@@ -77,6 +77,8 @@ def make_step(
     ) -> tuple[State, StepOutputs]:
         params = jax.tree.unflatten(tree, leaves)
         batch = unpack(packed, layout)
+        kv_pool = kv_cache.copy_blocks(state.kv_pool, batch["copies"], batch["counts"][1])
+        state = state._replace(kv_pool=kv_pool)
         compute = partial(_compute, model, params, layout, options)
         if layout.max_steps > 1:
             return _decode_several(compute, state, batch, layout)
@@ -108,9 +110,7 @@ def _compute(
         _attend(model, batch, layout, options),
         num_tokens=batch["query_start"][-1],
     )  # hidden: [T, E]
-    last_rows = jnp.maximum(batch["query_start"][1:] - 1, 0)
-    num_seqs = batch["distribution"][2]
-    logits = model.logits(params, hidden[last_rows], num_seqs)  # [S, V] float32
+    logits = model.logits(params, hidden[batch["logit_rows"]], batch["counts"][0])  # [S, V] float32
 
     inputs = SamplingInputs(**{name: batch[name] for name in SamplingInputs._fields})
     tokens = sampler.sample(logits, inputs, state.token_info, state.logit_bias, batch["slots"])

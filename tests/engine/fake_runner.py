@@ -112,6 +112,8 @@ class FakeRunner:
         self.batches.append(batch)
         self._check_batch(batch)
         self.on_batch(batch)
+        for source, destination in batch.copies:
+            self._pool[self._block(destination)] = self._pool[self._block(source)]
         written: set[int] = set()
         rows, following, pooled = [], [], []
         for scheduled in batch.sequences:
@@ -131,7 +133,7 @@ class FakeRunner:
                 pooled.append(np.zeros(2))
                 continue
             is_ok = self._compute(view, start)
-            hidden = self._content(view, end)[start:, :2]
+            hidden = self._content(view, end)[min(start, end - 1) :, :2]
             pooled.append(self._pooled(sequence, start, hidden))
             rows.append(self._decode(view, scheduled.samples) if is_ok else [NOT_FINITE])
             if len(rows[-1]) < scheduled.samples:
@@ -165,9 +167,12 @@ class FakeRunner:
         np.testing.assert_array_equal(self._pool[cells], expected)
         return True
 
-    def is_poisoned(self, block: int) -> bool:
+    def _block(self, block: int) -> slice:
         size = self.config.block_size
-        return bool((self._pool[block * size : (block + 1) * size] == POISON).any())
+        return slice(block * size, (block + 1) * size)
+
+    def is_poisoned(self, block: int) -> bool:
+        return bool((self._pool[self._block(block)] == POISON).any())
 
     def _decode(self, view: Sequence, samples: int) -> list[int]:
         """The tokens that a row yields: up to as many as asked for, or to one that ends it."""
@@ -224,10 +229,17 @@ class FakeRunner:
         slots = {row.sequence.slot for row in rows}
         assert len(slots) == len(rows) <= config.max_num_seqs
         assert slots <= set(range(config.max_num_seqs))
+        num_seqs = len(rows) - len(batch.leaders)
+        for leader, row in zip(batch.leaders, rows[num_seqs:], strict=True):
+            assert leader < num_seqs
+            assert rows[leader].samples == row.samples == batch.num_steps == 1
+            assert rows[leader].sequence.request_id == row.sequence.request_id
+            assert rows[leader].sequence.token_ids == row.sequence.token_ids
         for index, row in enumerate(rows):
             end = row.start + row.num_tokens
-            assert row.num_tokens >= 1
-            assert max(end, row.start + row.samples) == row.sequence.num_computed_tokens
+            assert (row.num_tokens >= 1) == (index < num_seqs)
+            num_written = max(row.num_tokens, row.samples) if row.num_tokens else 0
+            assert row.start + num_written == row.sequence.num_computed_tokens
             assert bool(row.samples) == (end == row.sequence.num_tokens)
             assert row.samples <= batch.num_steps
             assert row.sequence.num_tokens + row.samples <= row.sequence.max_num_tokens

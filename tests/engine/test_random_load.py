@@ -138,6 +138,8 @@ class World:
             excused = all_dispatched(oldest) or oldest.is_isolated
             assert oldest in scheduled or excused, "the oldest never waits"
         self.counts["several"] += batch.num_steps > 1
+        self.counts["forks"] += len(batch.leaders)
+        self.counts["copies"] += len(batch.copies)
         self.counts["pending"] += any(sequence.num_pending for sequence in scheduled)
         self.counts["cached"] += sum(sequence.num_cached_tokens for sequence in scheduled)
         error = self.random_failure()
@@ -240,7 +242,9 @@ class World:
         assert pool.num_free_blocks == pool.num_blocks
         assert not self.engine._states
         assert self.engine.scheduler.num_waiting == self.engine.scheduler.num_running == 0
-        assert sorted(self.engine.scheduler._free_slots) == list(range(self.config.max_num_seqs))
+        holdings = self.engine.scheduler._holdings
+        assert sorted(holdings._free_slots) == list(range(self.config.max_num_seqs))
+        assert holdings.num_reserved_slots == 0
 
 
 def play(seed, num_steps, failure_rate=0.0, poison_rate=0.0, **options):
@@ -263,7 +267,7 @@ def test_every_answer_is_that_of_the_request_alone(first_seed, mode):
     assert counts["error"] == counts["interrupts"] == 0
     # The load has to be one that could go wrong.
     assert counts["stop"] + counts["length"] > 300
-    for name in ("preemptions", "cached", "abort", "prompt_logprobs"):
+    for name in ("preemptions", "cached", "abort", "prompt_logprobs", "forks", "copies"):
         assert counts[name] > 10, name
     assert (counts["pending"] > 100) == mode["overlap"]
     assert (counts["several"] > 30) == ("max_steps_per_dispatch" in mode)
