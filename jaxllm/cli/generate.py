@@ -134,9 +134,10 @@ def _answer(
     """Starts the engine and answers; the number of prompts that failed."""
     from jaxllm.startup import start_engine
 
-    num_seqs = sum(job.num_seqs for job in jobs)
+    per_prompt = SamplingParams.from_dict(settings.sampling).num_sequences
     if searching is not None:
-        num_seqs = searching["beam_width"] * len(jobs)
+        per_prompt = searching["beam_width"]
+    num_seqs = max(sum(job.num_seqs for job in jobs), per_prompt * len(jobs))
     defaults: dict[str, Any] = {}
     if num_seqs <= SMALL_BATCH:  # most programs would be compiled for nothing
         max_num_seqs = 1 if num_seqs == 1 else SMALL_BATCH

@@ -116,8 +116,6 @@ def _check_combinations(body: CompletionRequest, num_prompts: int) -> None:
         raise ApiError(400, "prompt must not be empty", param="prompt")
     body.check_stream()
     body.check_best(body.stream)
-    if body.use_beam_search and body.only_prompt:
-        raise ApiError(400, "max_tokens must be at least 1 with beam search", param="max_tokens")
     if body.stream and body.echo and body.logprobs is not None:
         raise ApiError(400, "logprobs of an echoed prompt cannot be streamed", param="logprobs")
     if body.echo and body.logprobs is not None and body.prompt_logprobs is not None:
