@@ -24,9 +24,10 @@ INT_FIELDS = (
     "top_k",
     "min_tokens",
     "uses_table",  # 1: its row of the sampling table applies
-    "wants_logprobs",
+    "wants_logprobs",  # one of NO_LOGPROBS, CHOSEN_LOGPROBS, TOP_LOGPROBS
     "wants_prompt_logprobs",
     "pooling",  # one of POOLING_CODES, 0: the sequence generates
+    "num_candidates",  # of a beam: continuations that the host wants to see
 )
 FLOAT_FIELDS = (
     "temperature",
@@ -39,6 +40,7 @@ FLOAT_FIELDS = (
 ROW_FIELDS = INT_FIELDS + FLOAT_FIELDS
 NO_TOKEN = -2
 MAX_STOP_IDS = 8  # of a sequence that decodes several tokens at a time
+NO_LOGPROBS, CHOSEN_LOGPROBS, TOP_LOGPROBS = 0, 1, 2
 POOLING_CODES = {"mean": 1, "last": 2}
 
 
@@ -72,6 +74,9 @@ class PackedLayout:
             "token_ids": (self.bucket.num_tokens,),
             "query_start": (num_seqs + 1,),
             "distribution": (3,),
+            "logit_rows": (num_seqs,),  # of the query tokens, the one that each row samples after
+            "counts": (2,),  # rows that are real; blocks to copy
+            "copies": (num_seqs, 2),  # source and destination
             "block_tables": (num_seqs, self.max_blocks),
             "row_fields": (len(ROW_FIELDS), num_seqs),
         }
@@ -130,6 +135,7 @@ class BatchPacker:
         # the same slot: its blocks are others.
         self._owner = [(-1, 0)] * rows  # (sequence_id, num_preemptions)
         self._num_blocks = [0] * rows
+        self._table_versions = [0] * rows
 
     def new_table_rows(self, batch: Batch) -> list[Sequence]:
         """Takes in the sequences that are new in their slots; returns those whose row of the
@@ -152,19 +158,20 @@ class BatchPacker:
     def _take_slot(self, sequence: Sequence) -> None:
         slot, params = sequence.slot, sequence.params
         self._owner[slot] = (sequence.sequence_id, sequence.num_preemptions)
-        self._num_blocks[slot] = 0
+        self._num_blocks[slot], self._table_versions[slot] = 0, sequence.table_version
         fields = self._fields
         fields["prompt_lens"][slot] = sequence.num_prompt_tokens
         fields["seed_low"][slot] = _as_int32(sequence.seed)
         fields["seed_high"][slot] = _as_int32(sequence.seed >> 32)
         fields["uses_table"][slot] = uses_table(sequence)
-        fields["wants_logprobs"][slot] = params.logprobs is not None
+        fields["wants_logprobs"][slot] = _wanted_logprobs(params)
         fields["wants_prompt_logprobs"][slot] = params.prompt_logprobs is not None
         stop_ids = sorted(params.all_stop_token_ids(sequence.eos_token_ids))[:MAX_STOP_IDS]
         self._stop_ids[slot] = NO_TOKEN
         self._stop_ids[slot, : len(stop_ids)] = stop_ids
         pooling = sequence.pooling
         fields["pooling"][slot] = 0 if pooling is None else POOLING_CODES[pooling.pooling]
+        fields["num_candidates"][slot] = sequence.num_candidates
         fields["temperature"][slot] = 0.0 if params.greedy else params.temperature
         for name in ("top_k", "min_tokens", *FLOAT_FIELDS[1:]):
             fields[name][slot] = getattr(params, name)
@@ -184,11 +191,7 @@ class BatchPacker:
 
         buffer = np.zeros(layout.size, np.int32)
         layout.view(buffer, "token_ids")[: len(token_ids)] = token_ids
-        query_start = layout.view(buffer, "query_start")
-        query_start[1 : len(slots) + 1] = [s.num_tokens for s in batch.sequences]
-        np.cumsum(query_start, out=query_start)
-        distribution = (batch.num_decodes, batch.num_decodes, len(slots))
-        layout.view(buffer, "distribution")[:] = distribution
+        self._write_shape(batch, layout, buffer)
         padded_slots = np.full(layout.bucket.num_seqs, self._num_slots)
         padded_slots[: len(slots)] = slots
         # All slots exist; mode "clip" only lets numpy write into `out` without a buffer.
@@ -200,6 +203,24 @@ class BatchPacker:
             stop_ids = layout.view(buffer, "stop_ids")
             np.take(self._stop_ids, padded_slots, axis=0, out=stop_ids, mode="clip")
         return buffer
+
+    @staticmethod
+    def _write_shape(batch: Batch, layout: PackedLayout, buffer: np.ndarray) -> None:
+        """Which rows have which tokens, what they sample after, and the blocks to copy. Rows
+        without a token, the last ones, take no part in attention."""
+        num_rows, num_leaders = len(batch.sequences), len(batch.leaders)
+        num_seqs = num_rows - num_leaders
+        query_start = layout.view(buffer, "query_start")
+        query_start[1 : num_rows + 1] = [s.num_tokens for s in batch.sequences]
+        np.cumsum(query_start, out=query_start)
+        logit_rows = layout.view(buffer, "logit_rows")
+        np.subtract(query_start[1 : num_seqs + 1], 1, out=logit_rows[:num_seqs])
+        if num_leaders:
+            logit_rows[num_seqs:num_rows] = logit_rows[batch.leaders]
+        layout.view(buffer, "distribution")[:] = (batch.num_decodes, batch.num_decodes, num_seqs)
+        layout.view(buffer, "counts")[:] = (num_rows, len(batch.copies))
+        if batch.copies:
+            layout.view(buffer, "copies")[: len(batch.copies)] = batch.copies
 
     def _write_progress(self, batch: Batch) -> list[int]:
         """Brings the fields that change from step to step up to date. Returns the rows' slots."""
@@ -220,9 +241,17 @@ class BatchPacker:
     def _grow_block_table(self, sequence: Sequence) -> None:
         slot, table = sequence.slot, sequence.block_table
         written = self._num_blocks[slot]
+        if sequence.table_version != self._table_versions[slot]:
+            self._table_versions[slot], written = sequence.table_version, 0
         if len(table) != written:
             self._block_tables[slot, written : len(table)] = table[written:]
             self._num_blocks[slot] = len(table)
+
+
+def _wanted_logprobs(params: SamplingParams) -> int:
+    if params.logprobs is not None:
+        return TOP_LOGPROBS
+    return CHOSEN_LOGPROBS if params.ranks_answers else NO_LOGPROBS
 
 
 def is_host_bound(
@@ -231,7 +260,7 @@ def is_host_bound(
     """Whether the host has to look at each token of such a sequence before the next is computed, or
     wants more of each step than its token."""
     num_stop_ids = len(params.all_stop_token_ids(eos_token_ids))
-    wants_more = params.logprobs is not None or bool(params.stop)
+    wants_more = _wanted_logprobs(params) != NO_LOGPROBS or bool(params.stop)
     return is_constrained or wants_more or num_stop_ids > MAX_STOP_IDS
 
 

@@ -105,8 +105,12 @@ class BlockPool:
         ref_counts = self._ref_counts
         return sum(1 for block in blocks if not ref_counts[block])
 
+    def num_holders(self, block: int) -> int:
+        """In how many tables the block stands."""
+        return self._ref_counts[block]
+
     def acquire(self, blocks: Iterable[int]) -> None:
-        """One more holder for each of these cached blocks."""
+        """One more holder for each of these blocks, which are cached or held."""
         for block in blocks:
             if not self._ref_counts[block]:
                 del self._free[block]
@@ -123,6 +127,14 @@ class BlockPool:
             self._ref_counts[block] = 1
             self.forget(block)
         return blocks
+
+    def replace(self, block: int) -> int:
+        """A block for one of several holders of ``block``, who is its holder no longer. What is in
+        it has to be copied."""
+        [own] = self.allocate(1)
+        self._ref_counts[block] -= 1
+        assert self._ref_counts[block] > 0, f"block {block} has no other holder"
+        return own
 
     def free(self, blocks: Sequence[int]) -> None:
         """One holder less for each block of a table, given in the table's order."""

@@ -58,3 +58,15 @@ def block_bytes(config: ModelConfig, block_size: int, dtype: DTypeLike) -> int:
     """Bytes of one block over all layers."""
     elements = config.num_layers * block_size * 2 * config.num_kv_heads * config.head_dim
     return elements * jnp.dtype(dtype).itemsize
+
+
+def copy_blocks(kv_pool: jax.Array, copies: jax.Array, num_copies: jax.Array) -> jax.Array:
+    """The pool [L, N, ...] with the first num_copies blocks of copies [S, 2] (source, destination)
+    copied, one after the other; in place, and nothing is done where there are none."""
+
+    def copy(index: jax.Array, kv_pool: jax.Array) -> jax.Array:
+        source, destination = copies[index]
+        block = jax.lax.dynamic_slice_in_dim(kv_pool, source, 1, axis=1)  # [L, 1, ...]
+        return jax.lax.dynamic_update_slice_in_dim(kv_pool, block, destination, axis=1)
+
+    return jax.lax.fori_loop(0, num_copies, copy, kv_pool)

@@ -14,7 +14,14 @@ import numpy as np
 
 from jaxllm.config import EngineConfig
 from jaxllm.engine.batch import BatchPacker, Bucket, table_row
-from jaxllm.engine.sequence import Batch, LogprobRows, RunnerFigures, Sequence, StepResult
+from jaxllm.engine.sequence import (
+    Batch,
+    CandidateRows,
+    LogprobRows,
+    RunnerFigures,
+    Sequence,
+    StepResult,
+)
 from jaxllm.engine.timeline import Timeline
 from jaxllm.models.decoder import Model, Parameters
 from jaxllm.runtime import kv_cache, memory
@@ -61,15 +68,18 @@ class DeviceStep:
         tokens = np.atleast_2d(np.asarray(self.outputs.tokens))
         tokens = tokens[: self.batch.num_steps, :num_seqs]
         logprobs = prompt_logprobs = None
-        if any(p.logprobs is not None for p in params):
+        if any(p.logprobs is not None or p.ranks_answers for p in params):
             logprobs = _fetch(self.outputs.logprobs, num_seqs)
         has_prompt_rows = self.outputs.prompt_logprobs.logprobs.shape[0] > 0
         if has_prompt_rows and any(p.prompt_logprobs is not None for p in params):
             prompt_logprobs = _fetch(self.outputs.prompt_logprobs, self.batch.num_tokens)
-        pooled = None
+        pooled = candidates = None
+        if any(s.sequence.num_candidates for s in self.batch.sequences):
+            found = self.outputs.candidates
+            candidates = CandidateRows(*(np.asarray(array)[:num_seqs] for array in found))
         if any(s.sequence.pooling is not None for s in self.batch.sequences):
             pooled = np.asarray(self.outputs.pooled)[:num_seqs]
-        return StepResult(tokens, logprobs, prompt_logprobs, pooled)
+        return StepResult(tokens, logprobs, prompt_logprobs, pooled, candidates)
 
 
 class ModelRunner:

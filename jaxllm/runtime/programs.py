@@ -16,6 +16,7 @@ from jaxllm.engine.batch import Bucket, PackedLayout
 from jaxllm.models.decoder import Model
 from jaxllm.runtime import kv_cache
 from jaxllm.runtime.buckets import MIN_ROWS, plan_buckets
+from jaxllm.runtime.ranking import Candidates
 from jaxllm.runtime.sampler import Logprobs
 from jaxllm.runtime.sharding import Placement
 from jaxllm.runtime.step import (
@@ -132,7 +133,8 @@ class StepPrograms:
         packed = self._whole((layout.size,), jnp.int32)
         leaves = tuple(jax.tree.leaves(self.parameters))
         logprobs = Logprobs(0, 0, 0, 0)  # type: ignore[arg-type]
-        outputs = StepOutputs(0, 0, logprobs, logprobs)  # type: ignore[arg-type]
+        candidates = Candidates(0, 0)  # type: ignore[arg-type]
+        outputs = StepOutputs(0, 0, logprobs, logprobs, candidates)  # type: ignore[arg-type]
         out = (_shardings(self.state), jax.tree.map(lambda _: packed.sharding or False, outputs))
         step = make_step(self.model, layout, self.options)
         return Program(bucket, step, (leaves, self.state, packed), out, 1, self._key)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.engine.batch import IN_PROMPT, IS_STOP
+from jaxllm.runtime.ranking import top_k
 from jaxllm.sampling_params import MAX_LOGPROBS
 
 COUNT_MASK = IS_STOP - 1
@@ -275,16 +276,23 @@ def count_tokens(
 
 def raw_logprobs(logits: jax.Array, tokens: jax.Array) -> Logprobs:
     """Of the chosen tokens [R] and the most likely ones, under softmax(logits [R, V])."""
-    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)  # [R, 1]
     log_total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     num_top = min(MAX_LOGPROBS, logits.shape[-1])
-    top, top_ids = jax.lax.top_k(logits, num_top)
+    top, top_ids = top_k(logits, num_top)
     missing = ((0, 0), (0, MAX_LOGPROBS - num_top))
-    return Logprobs(
-        (chosen - log_total)[:, 0],
-        1 + (logits > chosen).sum(axis=-1, dtype=jnp.int32),
-        jnp.pad(top_ids.astype(jnp.int32), missing),
-        jnp.pad(top - log_total, missing, constant_values=-jnp.inf),
+    return chosen_logprobs(logits, tokens)._replace(
+        top_token_ids=jnp.pad(top_ids.astype(jnp.int32), missing),
+        top_logprobs=jnp.pad(top - log_total, missing, constant_values=-jnp.inf),
+    )
+
+
+def chosen_logprobs(logits: jax.Array, tokens: jax.Array) -> Logprobs:
+    """Of the chosen tokens only."""
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)  # [R, 1]
+    log_total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    return no_logprobs(tokens.shape[0])._replace(
+        logprobs=(chosen - log_total)[:, 0],
+        ranks=1 + (logits > chosen).sum(axis=-1, dtype=jnp.int32),
     )
 
 

@@ -15,8 +15,9 @@ from jaxllm.config import ModelConfig
 from jaxllm.engine.batch import FLOAT_FIELDS, ROW_FIELDS, PackedLayout
 from jaxllm.engine.sequence import NOT_FINITE, ON_DEVICE
 from jaxllm.models.decoder import Model, Parameters
-from jaxllm.runtime import sampler
+from jaxllm.runtime import kv_cache, ranking, sampler
 from jaxllm.runtime.pooling import pool_hidden
+from jaxllm.runtime.ranking import Candidates
 from jaxllm.runtime.sampler import Logprobs, SamplingInputs
 from jaxllm.runtime.sharding import axis_spec, pool_spec
 from pallas_kernels.ragged_paged_attention.api import ragged_paged_attention
@@ -55,6 +56,7 @@ class StepOutputs(NamedTuple):
     pooled: jax.Array  # [S, E] float32
     logprobs: Logprobs  # of S rows
     prompt_logprobs: Logprobs  # of T rows
+    candidates: Candidates  # of S rows
 
 
 class StepOptions(NamedTuple):
@@ -80,6 +82,8 @@ def make_step(
     ) -> tuple[State, StepOutputs]:
         params = jax.tree.unflatten(tree, leaves)
         batch = unpack(packed, layout)
+        kv_pool = kv_cache.copy_blocks(state.kv_pool, batch["copies"], batch["counts"][1])
+        state = state._replace(kv_pool=kv_pool)
         compute = partial(_compute, model, params, layout, options)
         if layout.max_steps > 1:
             return _decode_several(compute, state, batch, layout)
@@ -111,16 +115,19 @@ def _compute(
         _attend(model, batch, layout, options),
         num_tokens=batch["query_start"][-1],
     )  # hidden: [T, E]
-    last_rows = jnp.maximum(batch["query_start"][1:] - 1, 0)
-    num_seqs = batch["distribution"][2]
-    logits = model.logits(params, hidden[last_rows], num_seqs)  # [S, V] float32
+    logits = model.logits(params, hidden[batch["logit_rows"]], batch["counts"][0])  # [S, V] float32
 
     inputs = SamplingInputs(**{name: batch[name] for name in SamplingInputs._fields})
+    is_beam = batch["num_candidates"] > 0  # its token is chosen by the host, so it is not drawn
+    inputs = inputs._replace(temperature=jnp.where(is_beam, 0.0, inputs.temperature))
     tokens = sampler.sample(logits, inputs, state.token_info, state.logit_bias, batch["slots"])
-    logprobs = jax.lax.cond(
-        jnp.any(batch["wants_logprobs"] > 0),
-        lambda: sampler.raw_logprobs(logits, tokens),
-        lambda: sampler.no_logprobs(tokens.shape[0]),
+    logprobs = jax.lax.switch(
+        batch["wants_logprobs"].max(),
+        [
+            lambda: sampler.no_logprobs(tokens.shape[0]),
+            lambda: sampler.chosen_logprobs(logits, tokens),
+            lambda: sampler.raw_logprobs(logits, tokens),
+        ],
     )
     pooled, hidden_sums = pool_hidden(hidden, rows, batch, state.hidden_sums)
     is_finite = jnp.all(jnp.isfinite(logits), axis=-1)  # [S]
@@ -129,6 +136,7 @@ def _compute(
         pooled,
         logprobs,
         _prompt_logprobs(model, params, hidden, token_ids, rows, batch, layout),
+        ranking.find_candidates(logits, batch["temperature"], batch["num_candidates"]),
     )
     state = state._replace(kv_pool=kv_pool, hidden_sums=hidden_sums)
     return _next_state(state, batch, tokens), outputs
@@ -193,6 +201,7 @@ def _decode_several(
         jnp.zeros((num_seqs, state.hidden_sums.shape[1]), jnp.float32),
         sampler.no_logprobs(num_seqs),
         sampler.no_logprobs(0),
+        ranking.no_candidates(num_seqs),
     )
     token_ids = _known_or_sampled(batch["token_ids"], batch["slots"], state.last_tokens)
     tokens = jnp.zeros((layout.max_steps, num_seqs), jnp.int32)

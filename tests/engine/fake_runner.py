@@ -16,6 +16,7 @@ from jaxllm.engine.sequence import (
     NOT_FINITE,
     ON_DEVICE,
     Batch,
+    CandidateRows,
     LogprobRows,
     RunnerFigures,
     Sequence,
@@ -59,6 +60,14 @@ def fake_logprobs(token_ids: list[int]) -> LogprobRows:
     top_ids = (chosen[:, None] + offsets - (ranks[:, None] - 1)) % VOCAB_SIZE  # [R, MAX_LOGPROBS]
     top = np.broadcast_to(-(offsets + 1) / 4, top_ids.shape).astype(np.float32)
     return LogprobRows((-ranks / 4).astype(np.float32), ranks, top_ids, top)
+
+
+def hashed_logprobs(token_ids: list[int]) -> np.ndarray:
+    """[VOCAB_SIZE] float32: a distribution that depends on every token before it."""
+    content = array("i", token_ids).tobytes()
+    digest = blake2b(content, digest_size=2 * VOCAB_SIZE).digest()
+    logits = np.frombuffer(digest, np.uint16) / 2.0**13  # [VOCAB_SIZE] in [0, 8)
+    return (logits - np.log(np.exp(logits).sum())).astype(np.float32)
 
 
 class FakeHandle:
@@ -112,8 +121,10 @@ class FakeRunner:
         self.batches.append(batch)
         self._check_batch(batch)
         self.on_batch(batch)
+        for source, destination in batch.copies:
+            self._pool[self._block(destination)] = self._pool[self._block(source)]
         written: set[int] = set()
-        rows, following, pooled = [], [], []
+        rows, following, pooled, contexts = [], [], [], []
         for scheduled in batch.sequences:
             sequence, start = scheduled.sequence, scheduled.start
             end = start + scheduled.num_tokens
@@ -124,6 +135,7 @@ class FakeRunner:
             written.update(new)
             # In batch order: a row must not read what a later row writes.
             view = replace(sequence, token_ids=token_ids, num_pending=0)
+            contexts.append(token_ids)
             if (sequence.sequence_id, scheduled.attempt) in self._ended:
                 # What a loop ended is not known to the host yet. It writes and yields nonsense.
                 self._pool[new] = NONSENSE
@@ -131,15 +143,32 @@ class FakeRunner:
                 pooled.append(np.zeros(2))
                 continue
             is_ok = self._compute(view, start)
-            hidden = self._content(view, end)[start:, :2]
+            hidden = self._content(view, end)[min(start, end - 1) :, :2]
             pooled.append(self._pooled(sequence, start, hidden))
             rows.append(self._decode(view, scheduled.samples) if is_ok else [NOT_FINITE])
             if len(rows[-1]) < scheduled.samples:
                 self._ended.add((sequence.sequence_id, scheduled.attempt))
         columns = [row + [0] * (batch.num_steps - len(row)) for row in rows]
         result = self._result(batch, np.array(columns, np.int32).T, following)
-        result = replace(result, pooled=np.array(pooled, np.float32))
+        result = replace(
+            result,
+            pooled=np.array(pooled, np.float32),
+            candidates=self._candidates(batch, contexts),
+        )
         return FakeHandle(result, self.result_error())
+
+    @staticmethod
+    def _candidates(batch: Batch, contexts: list[list[int]]) -> CandidateRows | None:
+        most = max(row.sequence.num_candidates for row in batch.sequences)
+        if not most:
+            return None
+        found = np.stack([hashed_logprobs(context) for context in contexts])  # [R, VOCAB_SIZE]
+        best = np.argsort(-found, axis=-1)[:, :most]
+        missing = ((0, 0), (0, most - best.shape[1]))
+        return CandidateRows(
+            np.pad(best.astype(np.int32), missing),
+            np.pad(np.take_along_axis(found, best, -1), missing, constant_values=-np.inf),
+        )
 
     def _token_ids(self, sequence: Sequence, end: int) -> list[int]:
         """Those that the host knows, the others as the device has them: all but the last in the
@@ -165,9 +194,12 @@ class FakeRunner:
         np.testing.assert_array_equal(self._pool[cells], expected)
         return True
 
-    def is_poisoned(self, block: int) -> bool:
+    def _block(self, block: int) -> slice:
         size = self.config.block_size
-        return bool((self._pool[block * size : (block + 1) * size] == POISON).any())
+        return slice(block * size, (block + 1) * size)
+
+    def is_poisoned(self, block: int) -> bool:
+        return bool((self._pool[self._block(block)] == POISON).any())
 
     def _decode(self, view: Sequence, samples: int) -> list[int]:
         """The tokens that a row yields: up to as many as asked for, or to one that ends it."""
@@ -209,7 +241,7 @@ class FakeRunner:
         return StepResult(
             token_ids,
             fake_logprobs(token_ids[0].tolist())
-            if any(p.logprobs is not None for p in params)
+            if any(p.logprobs is not None or p.ranks_answers for p in params)
             else None,
             fake_logprobs(following)
             if any(p.prompt_logprobs is not None for p in params)
@@ -224,10 +256,17 @@ class FakeRunner:
         slots = {row.sequence.slot for row in rows}
         assert len(slots) == len(rows) <= config.max_num_seqs
         assert slots <= set(range(config.max_num_seqs))
+        num_seqs = len(rows) - len(batch.leaders)
+        for leader, row in zip(batch.leaders, rows[num_seqs:], strict=True):
+            assert leader < num_seqs
+            assert rows[leader].samples == row.samples == batch.num_steps == 1
+            assert rows[leader].sequence.request_id == row.sequence.request_id
+            assert rows[leader].sequence.token_ids == row.sequence.token_ids
         for index, row in enumerate(rows):
             end = row.start + row.num_tokens
-            assert row.num_tokens >= 1
-            assert max(end, row.start + row.samples) == row.sequence.num_computed_tokens
+            assert (row.num_tokens >= 1) == (index < num_seqs)
+            num_written = max(row.num_tokens, row.samples) if row.num_tokens else 0
+            assert row.start + num_written == row.sequence.num_computed_tokens
             assert bool(row.samples) == (end == row.sequence.num_tokens)
             assert row.samples <= batch.num_steps
             assert row.sequence.num_tokens + row.samples <= row.sequence.max_num_tokens

@@ -3,8 +3,9 @@ import time
 import pytest
 
 from jaxllm.config import EngineConfig
-from jaxllm.engine.scheduler import Scheduler, WaitingQueue
+from jaxllm.engine.scheduler import Scheduler
 from jaxllm.engine.sequence import Sequence, SequenceStatus
+from jaxllm.engine.waiting_queue import WaitingQueue
 from jaxllm.sampling_params import SamplingParams
 
 

@@ -114,7 +114,7 @@ def test_a_mixed_batch(packer: BatchPacker) -> None:
     assert views["top_k"][:3].tolist() == [3, 0, 0]
     assert views["top_p"][:3].tolist() == [1, 0.25, 1]
     assert views["min_p"][:3].tolist() == [0, 0, 0.125]
-    assert views["wants_logprobs"][:3].tolist() == [0, 0, 1]
+    assert views["wants_logprobs"][:3].tolist() == [0, 0, 2]
     assert views["seed_low"][:3].tolist() == [0, 0, 77]
 
 
