@@ -1,6 +1,6 @@
-"""The figures of the engine on this machine: start-up, host time, padding, memory.
+"""The figures of the engine on this machine: start-up, host time, padding, memory, context.
 
-    python scripts/measure_engine.py startup host padding memory
+    python scripts/measure_engine.py startup host padding memory context
     python scripts/measure_engine.py startup --runs 5 --json figures.json
 
 Each figure is measured in processes of its own. The model's file is fetched before anything is
@@ -26,6 +26,8 @@ from jaxllm.bench.processes import cache_with_models
 from jaxllm.bench.startup import CACHES, FIRST_TOKEN, first_tokens
 
 MODEL = "smollm2-135m-instruct"
+SOME_BITS = 0x3E00  # of a bfloat16, 1/8
+NUM_STEPS = 15  # that the medians of steps with some context are taken over
 NUM_DECODES = 90  # steps that the medians of host time are taken over
 
 
@@ -139,6 +141,53 @@ def memory(model: str, cache_dir: str) -> Figures:
     }
 
 
+def context(model: str, cache_dir: str) -> Figures:
+    """How a decode step of 64 sequences grows from 256 to 2,048 tokens of context each, against
+    the bytes that it has to read: the weights and the keys and values. The blocks of a sequence lie
+    scattered and all hold something; what they hold does not matter."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jaxllm import LLM, SamplingParams
+    from jaxllm.engine.sequence import Batch, ScheduledSequence, Sequence
+
+    num_seqs, context_lens = 64, (256, 2048)
+    longest = max(context_lens)
+    with LLM(
+        model, cache_dir=cache_dir, max_num_seqs=num_seqs, max_num_batched_tokens=num_seqs,
+        max_model_len=longest, compilation="ahead", enable_prefix_caching=False,
+    ) as llm:  # fmt: skip
+        plan, config, runner = llm._running.memory_plan, llm.engine.config, llm._running.runner
+        runner._state = runner._state._replace(
+            kv_pool=jnp.full_like(runner._state.kv_pool, SOME_BITS)
+        )
+        blocks = np.random.default_rng(0).permutation(config.num_blocks)
+        tables = blocks[: num_seqs * longest // config.block_size].reshape(num_seqs, -1).tolist()
+        params = SamplingParams(temperature=0)
+
+        def step_seconds(length: int) -> float:
+            sequences = [
+                Sequence(i, str(i), 0, params, 0, [100] * length, length, slot=i, block_table=table)
+                for i, table in enumerate(tables)
+            ]
+            rows = [ScheduledSequence(sequence, length - 1, 1, 1) for sequence in sequences]
+            started = time.perf_counter()
+            runner.execute(Batch(rows, num_seqs, num_seqs)).result()
+            return time.perf_counter() - started
+
+        times = [[step_seconds(length) for length in context_lens] for _ in range(NUM_STEPS)]
+    seconds = [statistics.median(column) for column in zip(*times, strict=True)]
+    bytes_of_token = plan.pool / (config.num_blocks * config.block_size)
+    read_bytes = [plan.parameters + num_seqs * n * bytes_of_token for n in context_lens]
+    growth, growth_of_bytes = seconds[1] / seconds[0], read_bytes[1] / read_bytes[0]
+    return {
+        **{f"step_ms_{n}": 1e3 * s for n, s in zip(context_lens, seconds, strict=True)},
+        "growth_of_time": growth,
+        "growth_of_bytes_read": growth_of_bytes,
+        "time_over_bytes": growth / growth_of_bytes,
+    }
+
+
 # ---- in the process that measures
 
 
@@ -171,6 +220,7 @@ CHILDREN: dict[str, Callable[[str, str], Figures]] = {
     "host": host,
     "padding": padding,
     "memory": memory,
+    "context": context,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -106,6 +107,7 @@ async def serve(options: ServerOptions, start: Callable[[], AsyncEngine], model:
         if context.failure is not None:
             raise context.failure
         if context.status == "ready":
+            gc.freeze()  # else full collections visit all that libraries and the model made
             logger.info("ready: %s", ", ".join(context.model_names))
         await stopping.wait()
         context.status = "draining"

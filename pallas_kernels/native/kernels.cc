@@ -22,7 +22,14 @@ namespace ffi = xla::ffi;
 
 namespace jaxllm {
 
-using ParallelFor = std::function<void(int64_t, const std::function<void(int64_t)>&)>;
+// Calls a function with each number below n, on several threads.
+struct ParallelFor {
+  int64_t num_threads;
+  std::function<void(int64_t n, const std::function<void(int64_t)>& function)> run;
+  void operator()(int64_t n, const std::function<void(int64_t)>& function) const {
+    run(n, function);
+  }
+};
 
 struct Matmul {
   const uint32_t* x;       // [num_rows, num_pairs], pairs of bfloat16
@@ -52,6 +59,8 @@ struct Attention {
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define JAXLLM_HAS_VARIANTS 1
+#define JAXLLM_LANES 8
+#define JAXLLM_SUMS 12
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 namespace avx2 {
@@ -60,8 +69,18 @@ namespace avx2 {
 #include "attention.h"
 }  // namespace avx2
 #pragma GCC pop_options
+#undef JAXLLM_LANES
+#undef JAXLLM_SUMS
+#define JAXLLM_LANES 16
+#define JAXLLM_SUMS 24
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512")
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+namespace avx512 {
+#include "simd.h"
+#include "matmul.h"
+#include "attention.h"
+}  // namespace avx512
+#pragma GCC target("avx512bf16")
 #define JAXLLM_DOT_BF16 1
 namespace avx512bf16 {
 #include "simd.h"
@@ -70,8 +89,16 @@ namespace avx512bf16 {
 }  // namespace avx512bf16
 #undef JAXLLM_DOT_BF16
 #pragma GCC pop_options
+#undef JAXLLM_LANES
+#undef JAXLLM_SUMS
 #endif
 
+#define JAXLLM_LANES 4
+#if defined(__aarch64__)
+#define JAXLLM_SUMS 24
+#else
+#define JAXLLM_SUMS 12
+#endif
 namespace baseline {
 #include "simd.h"
 #include "matmul.h"
@@ -79,24 +106,26 @@ namespace baseline {
 }  // namespace baseline
 
 #ifdef JAXLLM_HAS_VARIANTS
-const bool kHasBf16 = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 const bool kHasAvx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-const auto matmul = kHasBf16   ? avx512bf16::matmul
-                    : kHasAvx2 ? avx2::matmul
-                               : baseline::matmul;
-const auto attention = kHasBf16   ? avx512bf16::attention
-                       : kHasAvx2 ? avx2::attention
-                                  : baseline::attention;
+const bool kHasAvx512 = kHasAvx2 && __builtin_cpu_supports("avx512f") &&
+                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                        __builtin_cpu_supports("avx512dq");
+const bool kHasBf16 = kHasAvx512 && __builtin_cpu_supports("avx512bf16");
+#define JAXLLM_BEST(FUNCTION)          \
+  (kHasBf16     ? avx512bf16::FUNCTION \
+   : kHasAvx512 ? avx512::FUNCTION     \
+   : kHasAvx2   ? avx2::FUNCTION       \
+                : baseline::FUNCTION)
 #else
-const auto matmul = baseline::matmul;
-const auto attention = baseline::attention;
+#define JAXLLM_BEST(FUNCTION) baseline::FUNCTION
 #endif
+const auto matmul = JAXLLM_BEST(matmul);
+const auto attention = JAXLLM_BEST(attention);
 
-// Calls a function with each number below n, on XLA's threads and the caller's. It never waits for
-// a thread that has not begun: all of them may be blocked in calls like this one.
+// On XLA's threads and the caller's. It never waits for a thread that has not begun: all of them may
+// be blocked in calls like this one.
 ParallelFor parallel_on(ffi::ThreadPool& threads) {
-  return [&threads](int64_t n, const std::function<void(int64_t)>& function) {
+  const auto run = [&threads](int64_t n, const std::function<void(int64_t)>& function) {
     struct Shared {
       std::atomic<int64_t> next{0}, num_done{0};
     };
@@ -117,6 +146,7 @@ ParallelFor parallel_on(ffi::ThreadPool& threads) {
 #endif
     }
   };
+  return {threads.num_threads(), run};
 }
 
 template <ffi::DataType type>

@@ -101,6 +101,16 @@ def test_it_serves_and_a_signal_lets_running_requests_finish(
     assert "k" not in re.findall(r"\bk\b", process.log)
 
 
+def test_what_exists_at_the_start_is_spared_by_the_garbage_collector(
+    serve: Callable[..., Process],
+) -> None:
+    say = "print('frozen', gc.get_freeze_count() > 10_000, file=sys.stderr)"
+    process = serve(
+        before=f"import gc, sys; freeze = gc.freeze\ngc.freeze = lambda: (freeze(), {say})"
+    )
+    process.wait_for("frozen True")
+
+
 def test_requests_that_take_too_long_are_aborted_at_the_end(
     serve: Callable[..., Process],
 ) -> None:
