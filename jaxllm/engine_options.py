@@ -14,12 +14,16 @@ class EngineOptions:
     max_model_len: longest sequence in tokens; None: what the model was made for.
     max_num_seqs: most sequences of a step; None: 64 on CPU, else 256.
     max_num_batched_tokens: token budget of a step; None: 512 on CPU, else 2048.
-    kv_cache_memory_bytes: size of the block pool; None: what memory allows (see runtime/memory.py).
+    kv_cache_memory_bytes: size of the block pool on each device; None: what memory allows (see
+        runtime/memory.py).
+    tensor_parallel_size: devices that share the model (see runtime/sharding.py).
     overlap: schedule and dispatch a step while the one before it runs.
     max_steps_per_dispatch: most tokens of each sequence that the device decodes at a time, while
         nothing waits; None: 1 on CPU, else 4.
     compilation: "background" (start with the first few buckets; the others follow after the first
         step), "ahead" (start when all are compiled) or "on_demand" (only what is used).
+    compiled: folder of programs that `jaxllm compile` made; nothing is compiled then. Such files
+        are code: name only a folder that you trust.
     forbid_compile: compile all ahead; from then on a compilation during a step is an error.
     attention: implementation of attention; None: the best of the platform.
     layer_loop: "auto" ("packed" on CPU in bfloat16, if its kernels were built, and "switch" if not;
@@ -40,6 +44,7 @@ class EngineOptions:
     max_num_batched_tokens: int | None = None
     block_size: int = 16
     kv_cache_memory_bytes: int | None = None
+    tensor_parallel_size: int = 1
     enable_prefix_caching: bool = True
     scheduling_policy: str = "fcfs"
     max_num_waiting: int | None = None
@@ -47,6 +52,7 @@ class EngineOptions:
     overlap: bool = True
     max_steps_per_dispatch: int | None = None
     compilation: str = "background"
+    compiled: str | Path | None = None
     forbid_compile: bool = False
     attention: str | None = None
     layer_loop: str = "auto"
@@ -67,7 +73,7 @@ class EngineOptions:
             check(name, isinstance(getattr(self, name), bool), "True or False")
         for name in ("revision", "attention"):
             check(name, isinstance(getattr(self, name), str | None), "a string or None")
-        for name in ("tokenizer", "cache_dir", "profile_dir"):
+        for name in ("tokenizer", "cache_dir", "profile_dir", "compiled"):
             check(name, isinstance(getattr(self, name), str | Path | None), "a path or None")
         check("seed", type(self.seed) is int, "an integer")
 
@@ -84,7 +90,8 @@ class EngineOptions:
                 )
         for name in (
             "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size",
-            "kv_cache_memory_bytes", "max_num_waiting", "max_steps_per_dispatch",
+            "kv_cache_memory_bytes", "tensor_parallel_size", "max_num_waiting",
+            "max_steps_per_dispatch",
         ):  # fmt: skip
             value = getattr(self, name)
             is_count = isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -11,33 +11,37 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import psutil
 
-from jaxllm.config import EngineConfig, ModelConfig, ModelError
+from jaxllm.config import ModelConfig, ModelError
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.request import Request
 from jaxllm.engine_options import EngineOptions
+from jaxllm.engine_setup import (
+    build_model,
+    smallest_config,
+    step_options,
+    with_pool,
+)
 from jaxllm.loading.config_json import generation_defaults, model_config_from_hf
 from jaxllm.loading.gguf_source import GGUFFile
 from jaxllm.loading.hub import ModelFiles, cache_folder, find_model
 from jaxllm.loading.load import check_num_layers, load_parameters, plan_leaves
 from jaxllm.loading.safetensors_source import SafetensorsSource
 from jaxllm.loading.source import TensorSource
-from jaxllm.models.decoder import Model, can_pack
+from jaxllm.models.decoder import Model
 from jaxllm.prompts import TokenizedPrompt
-from jaxllm.runtime import kv_cache, memory
 from jaxllm.runtime.buckets import TokenRounding
 from jaxllm.runtime.compilation import Compiler, ProgramCache
+from jaxllm.runtime.compiled_folder import CompiledFolder
 from jaxllm.runtime.memory import MemoryPlan
 from jaxllm.runtime.model_runner import ModelRunner
 from jaxllm.runtime.profile import Profile
-from jaxllm.runtime.step import StepOptions, abstract_tables
+from jaxllm.runtime.sharding import Placement
 from jaxllm.sampling_params import SamplingParams
 from jaxllm.text.constraint import ConstraintMaker
 from jaxllm.text.tokenizer import Tokenizer, load_tokenizer_from_folder, load_tokenizer_from_gguf
-from pallas_kernels import native
 
 logger = logging.getLogger(__name__)
 
@@ -123,30 +127,38 @@ def start_engine(model_name: str, options: EngineOptions) -> RunningEngine:
     files = find_model(model_name, revision=options.revision, cache_dir=cache_dir)
     checkpoint = _Checkpoint.open(files)
     check_num_layers(checkpoint.config, checkpoint.source)
-    device = jax.devices()[0]
-    model = _build_model(checkpoint.config, options, device)
+    compiled = None if options.compiled is None else CompiledFolder(Path(options.compiled))
+    placement = real_placement(
+        options.tensor_parallel_size, on_mesh=compiled is not None and compiled.on_mesh
+    )
+    model = build_model(checkpoint.config, options, placement)
     plan_leaves(checkpoint.config, model.abstract_parameters(), checkpoint.source)
-    config = _engine_config(model, options, device)
+    smallest = smallest_config(model, options, placement)
     opened = time.monotonic()
 
-    programs = ProgramCache.open(cache_dir / "programs") if options.program_cache else None
+    steps = step_options(options, placement)
     compiler = Compiler(
-        programs,
+        ProgramCache.open(cache_dir / "programs") if options.program_cache else None,
         num_threads=max(1, (os.cpu_count() or 1) // 2),  # LLVM uses several cores for one program
         forbid_late=options.forbid_compile,
+        placement=placement,
+        compiled=compiled,
     )
     try:
-        step_options = StepOptions(attention=options.attention)
+        if compiled is None:
+            config = with_pool(smallest, model, options, placement, compiler)
+        else:
+            config = compiled.config(model, smallest, steps, placement)
         runner = ModelRunner(
             model,
             config,
             compiler,
-            device=device,
-            options=step_options,
+            placement=placement,
+            options=steps,
             on_demand=options.compilation == "on_demand",
         )
         tokenizer = checkpoint.tokenizer(options.tokenizer)
-        runner.set_parameters(_load(checkpoint, model, device))
+        runner.set_parameters(_load(checkpoint, model, placement))
         loaded = time.monotonic()
         if options.compilation == "ahead" or options.forbid_compile:
             runner.wait_until_compiled()
@@ -167,8 +179,8 @@ def start_engine(model_name: str, options: EngineOptions) -> RunningEngine:
         max_steps=runner.max_steps,
         timeline=timeline,
     )
-    plan = _memory_plan(model, config, runner)
-    logger.info("%s on %s: memory %s", model_name, device.device_kind, plan)
+    plan = runner.memory_plan()
+    logger.info("%s on %s: memory %s", model_name, placement, plan)
     logger.info(
         "ready in %.1f s: files %.1f, weights %.1f, programs %.1f (%d of %d ready); the process "
         "had run for %.1f s before (imports)",
@@ -191,88 +203,23 @@ def _end_tokens(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
     return (*ids, eos)
 
 
-def _build_model(config: ModelConfig, options: EngineOptions, device: jax.Device) -> Model:
-    dtype = options.dtype
-    if dtype == "auto":
-        dtype = "float32" if config.checkpoint_dtype == "float32" else "bfloat16"
-    layer_loop = options.layer_loop
-    if layer_loop == "auto":
-        on_cpu = "packed" if can_pack(config, dtype) and native.is_available() else "switch"
-        layer_loop = on_cpu if device.platform == "cpu" else "scan"
-    return Model(config, layer_loop, jnp.dtype(dtype))  # type: ignore[arg-type]
-
-
-def _engine_config(model: Model, options: EngineOptions, device: jax.Device) -> EngineConfig:
-    on_cpu = device.platform == "cpu"
-    longest = model.config.max_context_len
-    max_model_len = options.max_model_len or longest
-    if max_model_len > longest:
+def real_placement(num_devices: int, *, on_mesh: bool = False) -> Placement:
+    """So many of this machine's devices. Raises ValueError if it has fewer."""
+    devices = jax.devices()
+    if num_devices > len(devices):
         raise ValueError(
-            f"max_model_len {max_model_len} is more than the {longest} tokens that the model's "
-            f"positions are made for"
+            f"tensor_parallel_size {num_devices} is more than the {len(devices)} devices "
+            f"({devices[0].device_kind}) of this machine"
         )
-    max_num_seqs = options.max_num_seqs or (64 if on_cpu else 256)
-    max_tokens = options.max_num_batched_tokens or max(512 if on_cpu else 2048, max_num_seqs)
-    bytes_of_block = kv_cache.block_bytes(model.config, options.block_size, model.dtype)
-    budget = options.kv_cache_memory_bytes or memory.pool_budget(
-        device,
-        parameters=_num_bytes(model.stored_parameters()),
-        state=_table_bytes(model.config, max_num_seqs),
-        temporaries=memory.estimated_temporaries(model.config, max_tokens, max_num_seqs),
-    )
-    num_blocks = memory.num_pool_blocks(
-        budget, bytes_of_block, options.block_size, max_num_seqs, max_model_len
-    )
-    return EngineConfig(
-        num_blocks=num_blocks,
-        block_size=options.block_size,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_tokens,
-        enable_prefix_caching=options.enable_prefix_caching
-        and not _keys_vary(model, max_model_len),
-        policy=options.scheduling_policy,
-        seed=options.seed,
-        overlap=options.overlap,
-        max_steps_per_dispatch=options.max_steps_per_dispatch or (1 if on_cpu else 4),
-    )
+    return Placement.on(devices[:num_devices], on_mesh=on_mesh)
 
 
-def _keys_vary(model: Model, max_model_len: int) -> bool:
-    """Whether the keys of a prefix depend on the prompt that it begins, so cannot be shared."""
-    config = model.config
-    return config.rope.rope_type == "dynamic" and max_model_len > config.max_position_embeddings
-
-
-def _load(checkpoint: _Checkpoint, model: Model, device: jax.Device) -> dict[str, Any]:
+def _load(checkpoint: _Checkpoint, model: Model, placement: Placement) -> dict[str, Any]:
     def put(array: np.ndarray, path: tuple[Any, ...]) -> jax.Array:
-        return jax.device_put(model.stored(array, path), device)  # one device: all goes to it
+        return placement.put(model.stored(array, path), path[-1])
 
     abstract = model.abstract_parameters()
     return load_parameters(checkpoint.config, abstract, checkpoint.source, put=put)
-
-
-def _memory_plan(model: Model, config: EngineConfig, runner: ModelRunner) -> MemoryPlan:
-    """What the engine will use. Where host and device share memory, the process is what it holds
-    now beyond the arrays, and what compilation still to come may add."""
-    parameters = _num_bytes(model.stored_parameters())
-    pool = config.num_blocks * kv_cache.block_bytes(model.config, config.block_size, model.dtype)
-    state = _table_bytes(model.config, config.max_num_seqs)
-    process = 0
-    if runner.device.platform == "cpu":
-        stored = kv_cache.pool_dtype(model.dtype, runner.device.platform)
-        present = parameters + state + (0 if kv_cache.grows_with_use(stored) else pool)
-        process = max(0, memory.process_bytes() - present)
-        process += runner.program_bytes_to_come()
-    return MemoryPlan(parameters, pool, state, runner.temporaries(), process)
-
-
-def _table_bytes(config: ModelConfig, max_num_seqs: int) -> int:
-    return _num_bytes(abstract_tables(config, max_num_seqs))
-
-
-def _num_bytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 __all__ = ["EngineOptions", "ModelError", "RunningEngine", "start_engine"]

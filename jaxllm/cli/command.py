@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import jaxllm
-from jaxllm.cli import bench, chat, generate, serve
+from jaxllm.cli import bench, chat, compile, generate, plan, serve
 from jaxllm.cli.flags import ENGINE, SAMPLING, SERVER
 from jaxllm.cli.settings import UsageError
 from jaxllm.config import ModelError
@@ -119,6 +119,17 @@ def _parser() -> argparse.ArgumentParser:
     command = _add(commands, "serve", "answer HTTP requests with OpenAI's API", serve.run)
     _add_model(command)
     SERVER.add_flags(command)
+    ENGINE.add_flags(command)
+
+    command = _add(commands, "plan", "whether a model fits on chips, and how fast it is", plan.run)
+    _add_model(command)
+    plan.add_arguments(command)
+    ENGINE.add_flags(command)
+
+    what = "compile all programs into a folder for --compiled"
+    command = _add(commands, "compile", what, compile.run)
+    _add_model(command)
+    compile.add_arguments(command)
     ENGINE.add_flags(command)
 
     _add_bench(commands)

@@ -129,7 +129,8 @@ def _answer(
 
     num_seqs = sum(job.num_seqs for job in jobs)
     defaults: dict[str, Any] = {}
-    if num_seqs <= SMALL_BATCH:  # most programs would be compiled for nothing
+    # most programs would be compiled for nothing, unless they are there
+    if num_seqs <= SMALL_BATCH and settings.engine.get("compiled") is None:
         max_num_seqs = 1 if num_seqs == 1 else SMALL_BATCH
         defaults = {"max_num_seqs": max_num_seqs, "compilation": "on_demand"}
     assert settings.model is not None

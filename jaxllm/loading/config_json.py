@@ -158,9 +158,10 @@ class Fields:
 
 
 def model_config_from_hf(folder: Path) -> ModelConfig:
-    """The model in a Hugging Face folder. Raises ModelError naming file and key for what is
-    missing, of the wrong type, or would change the result and is not supported."""
-    path = folder / "config.json"
+    """The model in a Hugging Face folder, or of a config.json itself. Raises ModelError naming file
+    and key for what is missing, of the wrong type, or would change the result and is not
+    supported."""
+    path = folder if folder.is_file() else folder / "config.json"
     values = read_json(path)
     architecture = _architecture(path, values)
     family = FAMILIES[architecture]
@@ -193,7 +194,7 @@ def model_config_from_hf(folder: Path) -> ModelConfig:
             mlp_bias=family.mlp_bias_option and fields.flag("mlp_bias"),
             qk_norm=family.qk_norm,
             sliding_windows=_sliding_windows(fields, family, num_layers),
-            eos_token_ids=_end_tokens(fields, folder),
+            eos_token_ids=_end_tokens(fields, path.parent),
             checkpoint_dtype=_checkpoint_dtype(fields),
         )
     except ModelError as error:

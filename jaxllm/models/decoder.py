@@ -22,7 +22,9 @@ from jaxllm.models import packing
 from jaxllm.models.attention import Attention
 from jaxllm.models.layers import PACKED, Call, Embedding, FeedForward, Head, RMSNorm
 from jaxllm.models.rope import apply_rope, build_rope, rope_tables
+from jaxllm.runtime.sharding import repeat_kv_heads, repeated_shape, with_repeated_kv_heads
 
+QKV = ("qkv_kernel", "qkv_bias")  # the leaves that hold key and value heads
 LayerLoop = Literal["switch", "scan", "packed"]
 Parameters = dict[str, Any]  # nested; the leaves are arrays or their shapes
 Tables = tuple[jax.Array, jax.Array]  # cos, sin: each [T, D/2]
@@ -81,9 +83,14 @@ class Model:
     accelerators, where the slices are free. "packed": the same with kernels in the layout of the
     CPU's own products (see packing.py), which read a layer's kernel in the stacked array; only in
     bfloat16.
+
+    kv_repeats: how many devices share a key and value head; config then has that many of each, one
+    after the other.
     """
 
-    def __init__(self, config: ModelConfig, layer_loop: LayerLoop, dtype: DTypeLike) -> None:
+    def __init__(
+        self, config: ModelConfig, layer_loop: LayerLoop, dtype: DTypeLike, kv_repeats: int = 1
+    ) -> None:
         if layer_loop not in get_args(LayerLoop):
             raise ValueError(f"layer_loop must be 'switch', 'scan' or 'packed', got {layer_loop!r}")
         if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
@@ -93,16 +100,23 @@ class Model:
                 f"layer_loop 'packed' needs bfloat16 (got {jnp.dtype(dtype).name}), even sizes and "
                 f"a feed-forward without bias; use 'switch'"
             )
-        self.config = config
+        if layer_loop == "packed" and kv_repeats > 1:
+            raise ValueError("layer_loop 'packed' is for one device; use 'scan'")
+        self.loaded_config = config  # as in the checkpoint
+        self.config = with_repeated_kv_heads(config, kv_repeats)
+        self.kv_repeats = kv_repeats
         self.layer_loop = layer_loop
         self.dtype = jnp.dtype(dtype)
         self._rope = build_rope(config)
-        self._ends_def, self._abstract_ends = self._abstract(Ends)
-        self._layer_def, self._abstract_layer = self._abstract(DecoderLayer)
+        self._ends_def, self._abstract_ends = self._abstract(Ends, config)
+        _, self._abstract_layer = self._abstract(DecoderLayer, config)
+        self._layer_def, _ = self._abstract(DecoderLayer, self.config)
 
-    def _abstract(self, module: Callable[..., nnx.Module]) -> tuple[nnx.GraphDef[Any], Parameters]:
+    def _abstract(
+        self, module: Callable[..., nnx.Module], config: ModelConfig
+    ) -> tuple[nnx.GraphDef[Any], Parameters]:
         def build() -> nnx.Module:
-            return module(self.config, self.dtype, rngs=nnx.Rngs(0))
+            return module(config, self.dtype, rngs=nnx.Rngs(0))
 
         graphdef, state = nnx.split(nnx.eval_shape(build))
         return graphdef, nnx.to_pure_dict(state)
@@ -120,18 +134,27 @@ class Model:
     def stored_parameters(self) -> Parameters:
         """The same tree with the shapes that `forward` takes."""
         abstract = self.abstract_parameters()
-        if self.layer_loop != "packed":
+        if self.layer_loop == "packed":
+            return jax.tree.map_with_path(
+                lambda path, leaf: packing.stored_shape(leaf, _names(path), self.config), abstract
+            )
+        if self.kv_repeats == 1:
             return abstract
         return jax.tree.map_with_path(
-            lambda path, leaf: packing.stored_shape(leaf, _names(path), self.config), abstract
+            lambda path, leaf: (
+                repeated_shape(leaf, self.kv_repeats) if _names(path)[-1] in QKV else leaf
+            ),
+            abstract,
         )
 
     def stored(self, array: np.ndarray, path: tuple[Any, ...]) -> np.ndarray:
         """A leaf that was loaded as `forward` takes it. path: its keys from the root of the
         tree."""
-        if self.layer_loop != "packed":
-            return array
-        return packing.stored(array, path, self.config)
+        if self.layer_loop == "packed":
+            return packing.stored(array, path, self.config)
+        if self.kv_repeats > 1 and path[-1] in QKV:
+            return repeat_kv_heads(array, self.kv_repeats)
+        return array
 
     def init_parameters(self, key: jax.Array) -> Parameters:
         """Parameters for tests and benchmarks: random kernels, norms of one, biases of zero.
@@ -139,7 +162,7 @@ class Model:
         All layer loops draw the same values from a key.
         """
         params = self._random_parameters(key)
-        if self.layer_loop != "packed":
+        if self.layer_loop != "packed" and self.kv_repeats == 1:
             return params
         return jax.tree.map_with_path(
             lambda path, leaf: jnp.asarray(self.stored(np.asarray(leaf), _names(path))), params
@@ -156,7 +179,7 @@ class Model:
         return {**jax.jit(lambda k: self._random(Ends, k))(ends_key), "layers": layers}
 
     def _random(self, module: Callable[..., nnx.Module], key: jax.Array) -> Parameters:
-        built = module(self.config, self.dtype, rngs=nnx.Rngs(params=key))
+        built = module(self.loaded_config, self.dtype, rngs=nnx.Rngs(params=key))
         return nnx.to_pure_dict(nnx.state(built, nnx.Param))
 
     def forward(

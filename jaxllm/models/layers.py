@@ -111,11 +111,10 @@ class Embedding(nnx.Module):
         if table.dtype == PACKED:
             return columns(table, jnp.clip(token_ids, 0, self.size - 1))
         if table.dtype != jnp.bfloat16:
-            return jnp.take(table, token_ids, axis=0, mode="clip")
-        # XLA's CPU backend converts the whole operand of a bfloat16 gather to float32.
-        bits = lax.bitcast_convert_type(table, jnp.uint16)
-        rows = jnp.take(bits, token_ids, axis=0, mode="clip")
-        return lax.bitcast_convert_type(rows, jnp.bfloat16)
+            return _rows(table, token_ids)
+        # The CPU backend converts the whole operand of a bfloat16 gather to float32; the TPU's
+        # copies the whole table for its bits.
+        return lax.platform_dependent(table, token_ids, cpu=_rows_by_bits, default=_rows)
 
     def attend(self, hidden: jax.Array, call: Call) -> jax.Array:
         """Logits [R, V] of hidden [R, E]; contracts E in place, so no transposed copy is made."""
@@ -123,6 +122,15 @@ class Embedding(nnx.Module):
         if table.dtype == PACKED:
             return project(hidden, table, call, (self.size,))
         return _product(hidden, table, ((1,), (1,)))
+
+
+def _rows(table: jax.Array, indices: jax.Array) -> jax.Array:
+    return jnp.take(table, indices, axis=0, mode="clip")
+
+
+def _rows_by_bits(table: jax.Array, indices: jax.Array) -> jax.Array:
+    rows = _rows(lax.bitcast_convert_type(table, jnp.uint16), indices)
+    return lax.bitcast_convert_type(rows, jnp.bfloat16)
 
 
 class Head(nnx.Module):

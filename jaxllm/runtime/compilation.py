@@ -15,17 +15,20 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jaxlib
 from jax.experimental import serialize_executable
+
+from jaxllm.runtime.programs import Program
+from jaxllm.runtime.sharding import Placement
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +39,29 @@ CACHE_BYTES = 2 << 30  # of all programs on disk
 
 class LateCompileError(RuntimeError):
     """Something was compiled after warm-up although that was forbidden."""
+
+
+def serialize(compiled: jax.stages.Compiled) -> bytes:
+    """A compiled program as bytes, which are code."""
+    return serialize_executable.serialize(compiled)[0]
+
+
+def deserialize(
+    serialized: bytes, program: Program, devices: Sequence[jax.Device]
+) -> jax.stages.Compiled:
+    """What `serialize` was given, on the devices that the program is for. Runs code that is in the
+    bytes, and raises whatever jaxlib does."""
+    in_tree = jax.tree.structure((program.arguments, {}))
+    out_tree = jax.tree.structure(program.out)
+    return serialize_executable.deserialize_and_load(
+        serialized, in_tree, out_tree, devices[0].client, devices
+    )
+
+
+def others_may_write(folder: Path) -> bool:
+    """Whether another user could put code into a folder."""
+    status = folder.stat()
+    return hasattr(os, "getuid") and (status.st_uid != os.getuid() or bool(status.st_mode & 0o022))
 
 
 class ProgramCache:
@@ -53,28 +79,30 @@ class ProgramCache:
         be made or if others could write to it."""
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            status = folder.stat()
+            is_unsafe = others_may_write(folder)
         except OSError as error:
             logger.warning("no program cache: %s", error.strerror)
             return None
-        if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o022):
+        if is_unsafe:
             logger.warning("no program cache: others may write to its folder; chmod 700 it")
             return None
         return cls(folder)
 
-    def load(self, key: str, in_tree: Any, out_tree: Any) -> jax.stages.Compiled | None:
-        """The program of a key, or None if there is none that works."""
+    def load(
+        self, key: str, program: Program, devices: Sequence[jax.Device]
+    ) -> jax.stages.Compiled | None:
+        """The compiled program of a key, or None if there is none that works."""
         path = self.folder / key
         try:
             content = path.read_bytes()
         except OSError:
             return None
-        digest, program = content[:DIGEST_SIZE], content[DIGEST_SIZE:]
-        if hashlib.sha256(program).digest() != digest:
+        digest, serialized = content[:DIGEST_SIZE], content[DIGEST_SIZE:]
+        if hashlib.sha256(serialized).digest() != digest:
             logger.warning("a cached program is damaged and is compiled again")
             return None
         try:
-            loaded = serialize_executable.deserialize_and_load(program, in_tree, out_tree)
+            loaded = deserialize(serialized, program, devices)
         except Exception as error:  # whatever another jaxlib throws: compile instead
             logger.warning("a cached program could not be loaded: %s", error)
             return None
@@ -86,10 +114,10 @@ class ProgramCache:
         """Keeps a program; a failure (a full disk) is a warning."""
         temporary = None
         try:
-            program, _, _ = serialize_executable.serialize(compiled)
+            serialized = serialize(compiled)
             with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
                 temporary = Path(file.name)
-                file.write(hashlib.sha256(program).digest() + program)
+                file.write(hashlib.sha256(serialized).digest() + serialized)
             temporary.replace(self.folder / key)
             self._prune()
         except (OSError, ValueError, RuntimeError) as error:  # jaxlib's errors are RuntimeErrors
@@ -110,6 +138,12 @@ class ProgramCache:
                 break
             path.unlink(missing_ok=True)
             surplus -= size
+
+
+class ProgramSource(Protocol):
+    """Where compiled programs come from, see compiled_folder.py."""
+
+    def load(self, program: Program, devices: Sequence[jax.Device]) -> jax.stages.Compiled: ...
 
 
 class _Workers:
@@ -177,18 +211,27 @@ class Compiler:
     """Compiles programs on background threads and hands them out by name. A held program waits
     until it is asked for or all are released.
 
+    compiled: where programs come from instead; then none is compiled.
     forbid_late: once `wait()` has returned, a compilation inside `guard()` raises LateCompileError.
     """
 
     def __init__(
-        self, program_cache: ProgramCache | None, *, num_threads: int, forbid_late: bool = False
+        self,
+        program_cache: ProgramCache | None,
+        *,
+        num_threads: int,
+        forbid_late: bool = False,
+        placement: Placement | None = None,
+        compiled: ProgramSource | None = None,
     ) -> None:
+        self._compiled = compiled
         self._program_cache = program_cache
+        self._placement = placement or Placement.on(jax.devices()[:1])
         self._workers = _Workers(num_threads)
         self._forbid_late = forbid_late
         self._futures: dict[Hashable, Future[jax.stages.Compiled]] = {}
         self._ready: dict[Hashable, jax.stages.Compiled] = {}  # each step asks: a look-up, no locks
-        self._held: OrderedDict[Hashable, tuple[Any, ...]] = OrderedDict()  # arguments of _build
+        self._held: OrderedDict[Hashable, Program] = OrderedDict()
         self._tracing = threading.Lock()  # tracing holds the GIL: two at once are slower than one
         self._sealed = False
         self._closed = False
@@ -198,16 +241,12 @@ class Compiler:
         self.compile_seconds = 0.0
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
-    def submit(
-        self, name: Hashable, function: Callable[..., Any], abstract_args: tuple[Any, ...],
-        out_tree: Any, *, donate: int | None, key: tuple[Any, ...], held: bool = False,
-    ) -> None:  # fmt: skip
-        """Queues or holds a program. key: everything beside the source code and the machine that
-        decides what it is. out_tree: the structure of its result."""
-        self._ready.pop(name, None)
-        self._held[name] = (name, function, abstract_args, out_tree, donate, key)
+    def submit(self, program: Program, *, held: bool = False) -> None:
+        """Queues or holds a program."""
+        self._ready.pop(program.name, None)
+        self._held[program.name] = program
         if not held:
-            self._queue(name)
+            self._queue(program.name)
 
     def release(self) -> None:
         """Queues the held programs, in the order of their submission."""
@@ -246,7 +285,7 @@ class Compiler:
         return len(self._ready)
 
     def _queue(self, name: Hashable) -> None:
-        self._futures[name] = self._workers.submit(name, partial(self._make, *self._held.pop(name)))
+        self._futures[name] = self._workers.submit(name, partial(self._make, self._held.pop(name)))
 
     def wait(self) -> None:
         """Waits until every program is ready, then forbids late compilation if that was asked."""
@@ -271,32 +310,30 @@ class Compiler:
             self._closed = True
             jax.monitoring.unregister_event_duration_listener(self._on_event)
 
-    def _make(self, name: Hashable, *arguments: Any) -> jax.stages.Compiled:
-        program = self._ready[name] = self._build(name, *arguments)
-        return program
+    def _make(self, program: Program) -> jax.stages.Compiled:
+        compiled = self._ready[program.name] = self._build(program)
+        return compiled
 
-    def _build(
-        self, name: Hashable, function: Callable[..., Any], abstract_args: tuple[Any, ...],
-        out_tree: Any, donate: int | None, key: tuple[Any, ...],
-    ) -> jax.stages.Compiled:  # fmt: skip
+    def _build(self, program: Program) -> jax.stages.Compiled:
         started = time.monotonic()
-        digest = program_key(name, (*key, donate, str(out_tree)), abstract_args)
+        if self._compiled is not None:
+            self.num_loaded += 1
+            return self._compiled.load(program, self._placement.devices)
+        key = program_key(program, self._placement.devices)
         if self._program_cache is not None:
-            in_tree = jax.tree.structure((abstract_args, {}))
-            program = self._program_cache.load(digest, in_tree, out_tree)
-            if program is not None:
+            loaded = self._program_cache.load(key, program, self._placement.devices)
+            if loaded is not None:
                 self.num_loaded += 1
-                return program
+                return loaded
         with self._tracing:
-            donated = () if donate is None else (donate,)
-            lowered = jax.jit(function, donate_argnums=donated).lower(*abstract_args)
-        program = lowered.compile()
+            _, lowered = lower(program, self._placement)
+        compiled = lowered.compile()
         self.num_compiled += 1
         self.compile_seconds += time.monotonic() - started
-        logger.info("compiled %s in %.1f s", name, time.monotonic() - started)
+        logger.info("compiled %s in %.1f s", program.name, time.monotonic() - started)
         if self._program_cache is not None:
-            self._program_cache.store(digest, program)
-        return program
+            self._program_cache.store(key, compiled)
+        return compiled
 
     def _on_event(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event == COMPILE_EVENT and self._sealed and getattr(self._guarded, "active", False):
@@ -306,16 +343,36 @@ class Compiler:
             )
 
 
-def program_key(name: Hashable, key: tuple[Any, ...], abstract_args: tuple[Any, ...]) -> str:
+def lower(program: Program, placement: Placement) -> tuple[jax.stages.Traced, jax.stages.Lowered]:
+    """A program traced and lowered for the devices of a placement."""
+    donated = () if program.donate is None else (program.donate,)
+    if placement.mesh is None:
+        traced = jax.jit(program.function, donate_argnums=donated).trace(*program.arguments)
+        return traced, traced.lower()
+    # code that asks for the TPU's generation while it is traced gets that of the mesh
+    with jax.sharding.use_abstract_mesh(placement.mesh.abstract_mesh):
+        jitted = jax.jit(program.function, donate_argnums=donated, out_shardings=program.out)
+        traced = jitted.trace(*program.arguments)
+        return traced, traced.lower()
+
+
+def program_key(program: Program, devices: Sequence[jax.Device]) -> str:
     """A name for a program: of its arguments' shapes, of this package's code, of the machine."""
-    leaves, tree = jax.tree.flatten(abstract_args)
-    shapes = [(leaf.shape, str(leaf.dtype)) for leaf in leaves]
-    content = repr((str(name), key, shapes, str(tree), _source_digest(), _machine()))
+    content = repr((program_shape(program), source_digest(), _machine(tuple(devices))))
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def program_shape(program: Program) -> str:
+    """A hash of what a program depends on beside the code and the machine."""
+    leaves = jax.tree.leaves(program.arguments)
+    shapes = [(leaf.shape, str(leaf.dtype), str(leaf.sharding)) for leaf in leaves]
+    tree = jax.tree.structure((program.arguments, program.out))
+    content = repr((str(program.name), program.key, program.donate, shapes, str(tree)))
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 @cache
-def _source_digest() -> str:
+def source_digest() -> str:
     """Of the source files that decide what a step computes."""
     digest = hashlib.sha256()
     package = Path(__file__).parents[1]
@@ -329,21 +386,26 @@ def _source_digest() -> str:
 
 
 @cache
-def _machine() -> tuple[str, ...]:
+def _machine(devices: tuple[jax.Device, ...]) -> tuple[str, ...]:
     """What a compiled program depends on beside its source."""
-    devices = jax.devices()
     kind = f"{devices[0].platform} {devices[0].device_kind} x{len(devices)}"
-    cpu = ""
-    if devices[0].platform == "cpu":  # a program may use any instruction that this CPU has
-        info = Path("/proc/cpuinfo")
-        features = (
-            [line for line in info.read_text().splitlines() if line.startswith("flags")][:1]
-            if info.is_file()
-            else [platform.processor()]
-        )
-        cpu = f"{platform.machine()} {os.cpu_count()} {features}"
-    versions = (jax.__version__, jaxlib.__version__, version("flax"))
+    cpu = processor(devices[0])
+    platform_version = devices[0].client.platform_version  # libtpu's, the driver's
+    versions = (jax.__version__, jaxlib.__version__, version("flax"), platform_version)
     flags = tuple(os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"))
     settings = ("jax_enable_x64", "jax_default_matmul_precision")
     precision = [str(getattr(jax.config, name)) for name in settings]
     return (*versions, kind, cpu, *flags, *precision)
+
+
+def processor(device: jax.Device) -> str:
+    """Of a CPU, all instructions of which a program may use; else nothing."""
+    if device.platform != "cpu":
+        return ""
+    info = Path("/proc/cpuinfo")
+    features = (
+        [line for line in info.read_text().splitlines() if line.startswith("flags")][:1]
+        if info.is_file()
+        else [platform.processor()]
+    )
+    return f"{platform.machine()} {os.cpu_count()} {features}"

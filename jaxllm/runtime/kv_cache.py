@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -34,14 +36,20 @@ def abstract_pool(
     return jax.ShapeDtypeStruct(shape, pool_dtype(dtype, platform))
 
 
+def head_axis(pool: Any) -> int:
+    """The axis of a pool that its heads lie along, which several devices divide."""
+    return len(pool.shape) - 2
+
+
 def grows_with_use(stored: jnp.dtype) -> bool:
     """Whether a pool of that type takes its memory block by block, as they are first written."""
     return stored == BITS_OF_BFLOAT16 and native.is_available()
 
 
 def new_pool(abstract: jax.ShapeDtypeStruct) -> jax.Array:
-    """A pool whose content does not matter; called inside a trace."""
-    if grows_with_use(abstract.dtype):
+    """A pool whose content does not matter; called inside a trace. One with a sharding lies on
+    several devices, or on one that is not there."""
+    if abstract.sharding is None and grows_with_use(abstract.dtype):
         return native.call("jaxllm_reserve", abstract)
     return jnp.zeros(abstract.shape, abstract.dtype)
 

@@ -22,19 +22,61 @@ RESERVE_SHARE = 0.04  # of an accelerator's memory, for the runtime and fragment
 
 
 @dataclass(frozen=True)
+class StepMemory:
+    """What a step's program takes of a device, in bytes. temporaries: those and the results that
+    are no argument's memory; code: the program itself."""
+
+    temporaries: int
+    code: int = 0
+    arguments: int = 0
+
+    @classmethod
+    def of(cls, compiled: jax.stages.Compiled) -> StepMemory:
+        """By the compiler's own figures."""
+        analysis = compiled.memory_analysis()
+        if analysis is None:
+            return cls(0)
+        results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+        return cls(
+            analysis.temp_size_in_bytes + max(0, results),
+            analysis.generated_code_size_in_bytes,
+            analysis.argument_size_in_bytes,
+        )
+
+    @classmethod
+    def estimated(cls, config: ModelConfig, num_tokens: int, num_seqs: int) -> StepMemory:
+        """An upper bound from shapes, before there is a program."""
+        widest = max(3 * config.intermediate_size, 4 * config.num_heads * config.head_dim)
+        logits = 6 * num_seqs * config.vocab_size
+        return cls(4 * (num_tokens * (4 * config.hidden_size + 2 * widest) + logits))
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes that an engine takes, as it says at start-up. process: what the interpreter, its
-    libraries and the compiler hold in this process; only counted where the device is the host."""
+    """Bytes that an engine takes of each device, as it says at start-up. programs: compiled code,
+    on an accelerator. process: what the interpreter, its libraries and the compiler hold in this
+    process; only counted where the device is the host."""
 
     parameters: int
     pool: int
     state: int
     temporaries: int
-    process: int
+    programs: int = 0
+    process: int = 0
+
+    @classmethod
+    def on_device(
+        cls, parameters: int, pool: int, state: int, step: StepMemory, num_programs: int
+    ) -> MemoryPlan:
+        """That of an accelerator. step: of the largest bucket; no program has more code."""
+        return cls(parameters, pool, state, step.temporaries, step.code * num_programs)
 
     @property
     def total(self) -> int:
-        return self.parameters + self.pool + self.state + self.temporaries + self.process
+        return (
+            self.parameters + self.pool + self.state + self.temporaries + self.programs
+            + self.process
+        )  # fmt: skip
 
     def __str__(self) -> str:
         parts = [
@@ -43,6 +85,8 @@ class MemoryPlan:
             f"sampling state {_gib(self.state)}",
             f"temporaries {_gib(self.temporaries)}",
         ]
+        if self.programs:
+            parts.append(f"programs {_gib(self.programs)}")
         if self.process:
             parts.append(f"process {_gib(self.process)}")
         return f"{_gib(self.total)} GiB = " + " + ".join(parts)
@@ -58,21 +102,33 @@ def host_memory(control_group: Path = CONTROL_GROUP) -> int:
     return total
 
 
-def pool_budget(device: jax.Device, parameters: int, state: int, temporaries: int) -> int:
-    """Bytes that the pool may take on a device. It depends on the machine and the model only, not
-    on what else runs, so that the same programs serve every start.
+def host_pool_budget() -> int:
+    """Bytes that the pool may take of a CPU's memory. It depends on the machine only, not on what
+    else runs, so that the same programs serve every start."""
+    return int(host_memory() * CPU_SHARE)
 
-    CPU: a share of the host's memory. Elsewhere: the device's memory less what is given, less a
-    reserve.
-    """
-    if device.platform == "cpu":
-        return int(host_memory() * CPU_SHARE)
+
+def device_memory(device: jax.Device) -> int:
+    """Bytes of an accelerator's memory that programs may use."""
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if limit is None:
         raise ValueError(
             f"{device} does not say how much memory it has; give kv_cache_memory_bytes"
         )
-    return int(limit * (1 - RESERVE_SHARE)) - parameters - state - temporaries
+    return int(limit)
+
+
+def reserve(device_memory: int) -> int:
+    """Bytes of an accelerator's memory that are left alone."""
+    return math.ceil(device_memory * RESERVE_SHARE)
+
+
+def left_for_pool(
+    device_memory: int, *, parameters: int, state: int, step: StepMemory, num_programs: int
+) -> int:
+    """Bytes of an accelerator's memory that nothing else needs. step: of the largest bucket."""
+    others = MemoryPlan.on_device(parameters, 0, state, step, num_programs)
+    return device_memory - reserve(device_memory) - others.total
 
 
 def num_pool_blocks(
@@ -91,14 +147,6 @@ def num_pool_blocks(
             f"kv_cache_memory_bytes"
         )
     return num_blocks
-
-
-def estimated_temporaries(config: ModelConfig, num_tokens: int, num_seqs: int) -> int:
-    """An upper bound, from shapes, on what a step needs beside its arguments; the compiler's own
-    figure replaces it as soon as there is one."""
-    widest = max(3 * config.intermediate_size, 4 * config.num_heads * config.head_dim)
-    logits = 6 * num_seqs * config.vocab_size
-    return 4 * (num_tokens * (4 * config.hidden_size + 2 * widest) + logits)
 
 
 def process_bytes() -> int:

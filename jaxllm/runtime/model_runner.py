@@ -8,35 +8,26 @@ from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.config import EngineConfig
-from jaxllm.engine.batch import BatchPacker, Bucket, PackedLayout, table_row
+from jaxllm.engine.batch import BatchPacker, Bucket, table_row
 from jaxllm.engine.sequence import Batch, LogprobRows, RunnerFigures, Sequence, StepResult
 from jaxllm.engine.timeline import Timeline
 from jaxllm.models.decoder import Model, Parameters
 from jaxllm.runtime import kv_cache, memory
-from jaxllm.runtime.buckets import MIN_ROWS, fitting, plan_buckets
+from jaxllm.runtime.buckets import fitting
 from jaxllm.runtime.compilation import Compiler
+from jaxllm.runtime.memory import MemoryPlan, StepMemory
+from jaxllm.runtime.programs import ALLOCATE, WRITE_ROW, StepPrograms
 from jaxllm.runtime.sampler import Logprobs
-from jaxllm.runtime.step import (
-    State,
-    StepOptions,
-    StepOutputs,
-    abstract_tables,
-    make_step,
-    write_table_row,
-)
+from jaxllm.runtime.sharding import Placement, device_bytes
+from jaxllm.runtime.step import State, StepOptions, StepOutputs
 
 logger = logging.getLogger(__name__)
 
-ALLOCATE = "allocate state"
-WRITE_ROW = "write sampling table row"
-FIRST_PROMPT_TOKENS = 128  # the mixed bucket that is compiled first
 NUM_FIRST_BUCKETS = 2  # that one, and the smallest for decoding
 
 
@@ -82,7 +73,7 @@ class DeviceStep:
 
 
 class ModelRunner:
-    """Runs batches on one device.
+    """Runs batches on the devices of a placement.
 
     Compilation begins at construction, in the background; `set_parameters` may come later, so that
     weights are read meanwhile. A step waits only for a program that it cannot do without.
@@ -96,28 +87,27 @@ class ModelRunner:
         config: EngineConfig,
         compiler: Compiler,
         *,
-        device: jax.Device,
-        options: StepOptions | None = None,
+        placement: Placement,
+        options: StepOptions,
         on_demand: bool = False,
     ) -> None:
         self.model = model
         self.config = config
-        self.device = device
+        self.placement = placement
         self.stats = RunnerStats()
-        self.buckets = plan_buckets(config.max_num_seqs, config.max_num_batched_tokens)
+        self.programs = StepPrograms(model, config, placement, options)
+        self.buckets = self.programs.buckets
         self.compile_wait_since: float | None = None
         self.compile_wait_end = 0.0
         self._compiler = compiler
-        self._options = options or StepOptions()
         self._on_demand = on_demand
         self.timeline: Timeline | None = None  # where steps are recorded
-        self._layouts = {bucket: self._layout(bucket) for bucket in self.buckets}
         self._packer = BatchPacker(config.max_num_seqs, config.max_blocks_per_seq)
         self._params: tuple[jax.Array, ...] | None = None  # the leaves, see make_step
         self._state: State | None = None
         self._fitting = lru_cache(maxsize=4096)(partial(fitting, self.buckets))
-        self._order = self._compilation_order()
-        self._submit_programs()
+        for number, program in enumerate(self.programs.all()):
+            compiler.submit(program, held=number > NUM_FIRST_BUCKETS)  # the first one allocates
 
     # ---- start-up
 
@@ -141,7 +131,32 @@ class ModelRunner:
         self._compiler.close()
         self._params = self._state = None
 
-    def program_bytes_to_come(self) -> int:
+    def memory_plan(self) -> MemoryPlan:
+        """What the engine will use of one device. Where host and device share memory, the process
+        is what it holds now beyond the arrays, and what compilation still to come may add."""
+        programs, step = self.programs, self._step_memory()
+        parameters = device_bytes(programs.parameters)
+        pool, *tables = programs.state
+        state = device_bytes(tables)
+        if self.placement.platform != "cpu":
+            return MemoryPlan.on_device(
+                parameters, device_bytes(pool), state, step, len(programs.all())
+            )
+        grows = kv_cache.grows_with_use(pool.dtype)
+        present = parameters + state + (0 if grows else device_bytes(pool))
+        process = max(0, memory.process_bytes() - present * self.placement.num_devices)
+        process += self._program_bytes_to_come()
+        return MemoryPlan(parameters, device_bytes(pool), state, step.temporaries, process=process)
+
+    def _step_memory(self) -> StepMemory:
+        """Of the largest bucket by the compiler's figures, or an upper bound while it is not
+        compiled."""
+        largest = self.programs.largest_bucket
+        if self._compiler.is_ready(largest):
+            return StepMemory.of(self._compiler.get(largest))
+        return StepMemory.estimated(self.model.config, largest.num_tokens, largest.num_seqs)
+
+    def _program_bytes_to_come(self) -> int:
         """Host memory that the programs which are not ready will take, as far as one can tell:
         where the first ones came from the cache, so will the others."""
         compiler = self._compiler
@@ -152,70 +167,6 @@ class ModelRunner:
             return 0
         compiling = memory.COMPILER_BYTES if compiler.num_compiled else 0
         return missing * memory.PROGRAM_BYTES + compiling
-
-    def temporaries(self) -> int:
-        """Bytes that a step needs beside its arguments: the largest by the compiler's figures, or
-        an upper bound while the largest bucket is not compiled."""
-        largest = self._largest_bucket()
-        if not self._compiler.is_ready(largest):
-            return memory.estimated_temporaries(
-                self.model.config, largest.num_tokens, largest.num_seqs
-            )
-        analysis = self._compiler.get(largest).memory_analysis()
-        return analysis.temp_size_in_bytes if analysis else 0
-
-    def _new_state(self) -> State:
-        """The device state with nothing in it; called inside a trace only."""
-        config = self.config
-        pool = kv_cache.abstract_pool(
-            self.model.config, config.num_blocks, config.block_size, self.model.dtype,
-            self.device.platform,
-        )  # fmt: skip
-        tables = abstract_tables(self.model.config, config.max_num_seqs)
-        zeros = (jnp.zeros(table.shape, table.dtype) for table in tables)
-        return State(kv_cache.new_pool(pool), *zeros)
-
-    def _submit_programs(self) -> None:
-        state = jax.eval_shape(self._new_state)
-        params = tuple(jax.tree.leaves(self.model.stored_parameters()))
-        state_tree = jax.tree.structure(state)
-        key = (self.model.config, self.model.layer_loop, str(self.model.dtype), self._options)
-
-        submit = self._compiler.submit
-        submit(ALLOCATE, self._new_state, (), state_tree, donate=None, key=(*key, state))
-        out_tree = jax.tree.structure((state, _outputs_tree()))
-        for number, bucket in enumerate(self._order):
-            layout = self._layouts[bucket]
-            packed = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
-            step = make_step(self.model, layout, self._options)
-            held = number >= NUM_FIRST_BUCKETS
-            submit(bucket, step, (params, state, packed), out_tree, donate=1, key=key, held=held)
-        row = (
-            jax.ShapeDtypeStruct((), jnp.int32),
-            jax.ShapeDtypeStruct(state.token_info.shape[1:], jnp.int32),
-            jax.ShapeDtypeStruct(state.logit_bias.shape[1:], jnp.float32),
-        )
-        submit(WRITE_ROW, write_table_row, (state, *row), state_tree, donate=0, key=key, held=True)
-
-    def _compilation_order(self) -> list[Bucket]:
-        """First what the first request needs, then the bucket that can run anything."""
-        largest = self._largest_bucket()
-        first_tokens = min(FIRST_PROMPT_TOKENS, largest.num_tokens)
-
-        def rank(bucket: Bucket) -> tuple[Any, ...]:
-            small = bucket.num_seqs == MIN_ROWS
-            if small and (bucket.decode_only or bucket.num_tokens == first_tokens):
-                return 0, bucket.decode_only
-            return 1, bucket != largest, bucket.num_tokens, bucket.decode_only
-
-        return sorted(self.buckets, key=rank)
-
-    def _layout(self, bucket: Bucket) -> PackedLayout:
-        max_steps = self.config.max_steps_per_dispatch if bucket.decode_only else 1
-        return PackedLayout(bucket, self.config.max_blocks_per_seq, max_steps)
-
-    def _largest_bucket(self) -> Bucket:
-        return max(self.buckets, key=lambda b: (not b.decode_only, b.num_tokens, b.num_seqs))
 
     # ---- steps
 
@@ -228,11 +179,11 @@ class ModelRunner:
             for sequence in self._packer.new_table_rows(batch):
                 self._write_table_row(sequence)
             bucket = self._choose(batch)
-            packed = self._packer.pack(batch, self._layouts[bucket])
+            packed = self._packer.pack(batch, self.programs.layouts[bucket])
             packed_time = time.monotonic()
             step = self._program(bucket)
             self._state, outputs = step(self._params, self._state, packed)
-            if self.device.platform != "cpu":  # there the host reads them where they are
+            if self.placement.platform != "cpu":  # there the host reads them where they are
                 outputs.tokens.copy_to_host_async()
         if self.timeline is not None:
             self.timeline.record("pack", started, packed_time)
@@ -260,7 +211,7 @@ class ModelRunner:
         ready = next((b for b in fits if self._compiler.is_ready(b)), None)
         if ready is not fits[0]:
             self._compiler.hurry(fits[0])
-        return ready or min(fits, key=self._order.index)
+        return ready or min(fits, key=self.programs.order.index)
 
     def _write_table_row(self, sequence: Sequence) -> None:
         info, bias = table_row(sequence, self.model.config.vocab_size)
@@ -298,11 +249,6 @@ class ModelRunner:
         self.stats.num_tokens += batch.num_computed_tokens
         self.stats.num_padded_tokens += bucket.num_tokens * batch.num_steps
         self.stats.steps_by_bucket[bucket] += 1
-
-
-def _outputs_tree() -> StepOutputs:
-    logprobs = Logprobs(0, 0, 0, 0)  # type: ignore[arg-type]
-    return StepOutputs(0, 0, logprobs, logprobs)  # type: ignore[arg-type]
 
 
 def _fetch(rows: Logprobs, num_rows: int) -> LogprobRows:

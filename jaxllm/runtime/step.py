@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxllm.config import ModelConfig
 from jaxllm.engine.batch import FLOAT_FIELDS, ROW_FIELDS, PackedLayout
@@ -17,6 +18,7 @@ from jaxllm.models.decoder import Model, Parameters
 from jaxllm.runtime import kv_cache, sampler
 from jaxllm.runtime.pooling import pool_hidden
 from jaxllm.runtime.sampler import Logprobs, SamplingInputs
+from jaxllm.runtime.sharding import axis_spec, pool_spec
 from pallas_kernels.ragged_paged_attention.api import ragged_paged_attention
 from pallas_kernels.ragged_paged_attention.layout import TokenRows, token_rows
 
@@ -59,6 +61,7 @@ class StepOptions(NamedTuple):
     """What a step is compiled for, beside its model and its bucket."""
 
     attention: str | None = None  # an implementation's name; None: the best of the platform
+    mesh: Mesh | None = None  # of the devices that share the model; None: one that is there
 
 
 def make_step(
@@ -232,19 +235,41 @@ def _known_or_sampled(token_ids: jax.Array, slots: jax.Array, last_tokens: jax.A
 def _attend(
     model: Model, batch: dict[str, jax.Array], layout: PackedLayout, options: StepOptions
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    ragged = [batch[n] for n in ("seq_lens", "block_tables", "query_start", "distribution")]
+
     def attend(
         q: jax.Array, k: jax.Array, v: jax.Array, kv_pool: jax.Array, layer: Any, window: Any
     ) -> tuple[jax.Array, jax.Array]:
-        return ragged_paged_attention(
-            q, k, v, kv_pool, layer, batch["seq_lens"], batch["block_tables"],
-            batch["query_start"], batch["distribution"],
+        fixed = {"window": window} if isinstance(window, int) else {}
+        attention = partial(
+            _attention,
             scale=model.config.head_dim**-0.5,
-            window=window,
             max_query_len=1 if layout.bucket.decode_only else None,
             implementation=options.attention,
-        )  # fmt: skip
+            **fixed,
+        )
+        arguments = [q, k, v, kv_pool, layer, *ragged, *([] if fixed else [window])]
+        if options.mesh is None:
+            return attention(*arguments)
+        heads, pool = axis_spec(3, 1), pool_spec(kv_pool)
+        whole = [PartitionSpec()] * (len(arguments) - 4)
+        return jax.shard_map(
+            attention,
+            mesh=options.mesh,
+            in_specs=(heads, heads, heads, pool, *whole),
+            out_specs=(heads, pool),
+            check_vma=False,
+        )(*arguments)  # each device attends with its own heads
 
     return attend
+
+
+def _attention(*arguments: Any, window: int | None = None, **options: Any) -> Any:
+    """ragged_paged_attention with a window that is traced, as its last argument, or not."""
+    *others, last = arguments
+    if window is None:
+        return ragged_paged_attention(*others, window=last, **options)
+    return ragged_paged_attention(*arguments, window=window, **options)
 
 
 def _next_state(state: State, batch: dict[str, jax.Array], tokens: jax.Array) -> State:

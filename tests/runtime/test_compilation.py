@@ -11,6 +11,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ import pytest
 
 from jaxllm.runtime import compilation
 from jaxllm.runtime.compilation import Compiler, LateCompileError, ProgramCache, program_key
+from jaxllm.runtime.programs import Program
+from jaxllm.runtime.sharding import Placement
 
 VECTOR = jax.ShapeDtypeStruct((8,), jnp.float32)
 ARGS = ({"a": VECTOR, "b": VECTOR},)
-OUT_TREE = jax.tree.structure((0, 0))
 
 
 def add(pair: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -49,9 +51,11 @@ def make() -> Iterator[Callable[..., Compiler]]:
         compiler.close()
 
 
-def submit(compiler: Compiler, name: str = "add", function: Any = add, **options: Any) -> None:
-    defaults = {"abstract_args": ARGS, "out_tree": OUT_TREE, "donate": None, "key": ()}
-    compiler.submit(name, function, **{**defaults, **options})
+ADD = Program("add", add, ARGS, (0, 0), donate=None, key=())
+
+
+def submit(compiler: Compiler, *, held: bool = False, **changes: Any) -> None:
+    compiler.submit(replace(ADD, **changes), held=held)
 
 
 def programs(folder: Path) -> list[Path]:
@@ -180,26 +184,34 @@ def test_a_program_that_cannot_be_serialized_is_used_all_the_same(
 def test_the_key_tells_programs_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     other = jax.ShapeDtypeStruct((8,), jnp.int32)
     longer = jax.ShapeDtypeStruct((16,), jnp.float32)
+    devices = jax.devices()
+
+    def key(**changes: Any) -> str:
+        return program_key(replace(ADD, **changes), devices)
+
     keys = [
-        program_key("add", (), ARGS),
-        program_key("sub", (), ARGS),
-        program_key("add", (1,), ARGS),
-        program_key("add", (), ({"a": VECTOR, "b": other},)),
-        program_key("add", (), ({"a": VECTOR, "b": longer},)),
-        program_key("add", (), ({"a": VECTOR, "c": VECTOR},)),
-        program_key("add", (), (VECTOR, VECTOR)),
+        key(),
+        key(name="sub"),
+        key(key=(1,)),
+        key(donate=0),
+        key(out=[0, 0]),
+        key(arguments=({"a": VECTOR, "b": other},)),
+        key(arguments=({"a": VECTOR, "b": longer},)),
+        key(arguments=({"a": VECTOR, "c": VECTOR},)),
+        key(arguments=(VECTOR, VECTOR)),
+        key(arguments=Placement.on(devices, on_mesh=True).whole(ARGS)),
     ]
-    monkeypatch.setattr(compilation, "_source_digest", lambda: "other source")
-    keys.append(program_key("add", (), ARGS))
+    monkeypatch.setattr(compilation, "source_digest", lambda: "other source")
+    keys.append(key())
     monkeypatch.undo()
-    monkeypatch.setattr(compilation, "_machine", lambda: ("another machine",))
-    keys.append(program_key("add", (), ARGS))
+    monkeypatch.setattr(compilation, "_machine", lambda _: ("another machine",))
+    keys.append(key())
     monkeypatch.undo()
     assert len(set(keys)) == len(keys)
-    assert program_key("add", (), ARGS) == keys[0]
+    assert key() == keys[0]
 
 
-def test_source_digest_covers_what_a_step_is_made_of(
+def testsource_digest_covers_what_a_step_is_made_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = tmp_path / "jaxllm"
@@ -209,7 +221,7 @@ def test_source_digest_covers_what_a_step_is_made_of(
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).write_text("before")
     monkeypatch.setattr(compilation, "__file__", str(package / "runtime" / "compilation.py"))
-    digest = compilation._source_digest.__wrapped__
+    digest = compilation.source_digest.__wrapped__
     digests = {digest()}
     for name in names:
         (package / name).write_text("after")
@@ -232,13 +244,13 @@ def test_donation_holds_for_compiled_and_loaded_programs(
 ) -> None:
     state = jax.ShapeDtypeStruct((1 << 20,), jnp.float32)
     options = {
-        "abstract_args": (state, jax.ShapeDtypeStruct((), jnp.int32)),
-        "out_tree": jax.tree.structure(0),
+        "arguments": (state, jax.ShapeDtypeStruct((), jnp.int32)),
+        "out": 0,
         "donate": 0,
     }
     for _ in range(1 + loaded):
         compiler = make(tmp_path / "p")
-        submit(compiler, "set", lambda x, i: x.at[i].set(1.0), **options)
+        submit(compiler, name="set", function=lambda x, i: x.at[i].set(1.0), **options)
         compiler.wait()
     assert compiler.num_loaded == loaded
     given = jnp.zeros(1 << 20)
@@ -302,7 +314,7 @@ def test_a_failing_compilation_surfaces(make: Callable[..., Compiler]) -> None:
         raise ValueError("no such shape")
 
     compiler = make()
-    submit(compiler, "broken", broken)
+    submit(compiler, name="broken", function=broken)
     submit(compiler)
     for ask in (lambda: compiler.get("broken"), compiler.wait):
         with pytest.raises(ValueError, match="no such shape"):
@@ -321,7 +333,7 @@ def test_close_drops_what_is_queued_and_waits_for_what_runs() -> None:
         assert release.wait(10)
         return add(pair)
 
-    submit(compiler, "slow", slow)
+    submit(compiler, name="slow", function=slow)
     submit(compiler)
     started.wait(10)
     assert not compiler.is_ready("slow")
@@ -347,6 +359,7 @@ def test_the_end_of_the_process_waits_for_the_program_under_way_only() -> None:
 import atexit, threading, time
 import jax
 from jaxllm.runtime.compilation import Compiler
+from jaxllm.runtime.programs import Program
 
 atexit.register(lambda: print(*traced))  # registered first, called last
 traced, begun = [], threading.Event()
@@ -362,7 +375,7 @@ def slow(number):
 compiler = Compiler(None, num_threads=1)
 vector = jax.ShapeDtypeStruct((4,), "float32")
 for number in range(20):
-    compiler.submit(number, slow(number), (vector,), jax.tree.structure(0), donate=None, key=())
+    compiler.submit(Program(number, slow(number), (vector,), 0, donate=None, key=()))
 begun.wait()
 """
     child = subprocess.run(
@@ -382,7 +395,7 @@ def test_programs_used_longest_ago_make_room_for_others(
         cache.store(key, program)
         os.utime(tmp_path / key, (1e9 - age, 1e9 - age))
     size = (tmp_path / "old").stat().st_size
-    assert cache.load("used", jax.tree.structure((ARGS, {})), OUT_TREE) is not None
+    assert cache.load("used", ADD, jax.devices()) is not None
     os.utime(tmp_path / "new", (1e9 + 1, 1e9 + 1))  # still longer ago than "used"
     ProgramCache(tmp_path, max_bytes=3 * size + size // 2).store("newest", program)
     assert [path.name for path in programs(tmp_path)] == ["new", "newest", "used"]
@@ -400,8 +413,8 @@ def submit_named(compiler: Compiler, names: tuple[str, ...], started: list[str])
 
     vector = (jax.ShapeDtypeStruct((4,), jnp.float32),)
     for name in names:
-        tree, held = jax.tree.structure(0), name != names[0]
-        compiler.submit(name, program(name), vector, tree, donate=None, key=(), held=held)
+        one = Program(name, program(name), vector, 0, donate=None, key=())
+        compiler.submit(one, held=name != names[0])
 
 
 def test_a_held_program_waits_until_it_is_wanted() -> None:

@@ -17,7 +17,17 @@ import pytest
 from jaxllm.config import ModelConfig, RopeConfig
 from jaxllm.runtime import memory
 from jaxllm.runtime.kv_cache import abstract_pool, block_bytes
-from jaxllm.runtime.memory import GIB, MemoryPlan, host_memory, num_pool_blocks, pool_budget
+from jaxllm.runtime.memory import (
+    GIB,
+    MemoryPlan,
+    StepMemory,
+    device_memory,
+    host_memory,
+    host_pool_budget,
+    left_for_pool,
+    num_pool_blocks,
+    reserve,
+)
 
 CONFIG = ModelConfig("LlamaForCausalLM", 100, 16, 32, 3, 4, 2, 8, 64, 1e-5, RopeConfig())
 
@@ -59,20 +69,38 @@ def test_error_of_a_small_pool_says_how_many_gib() -> None:
         num_pool_blocks(int(1.5 * GIB), GIB // 4, 16, 4, 128)
 
 
-def test_accelerator_budget_is_what_is_left() -> None:
-    found = pool_budget(device("tpu", {"bytes_limit": 1000}), 300, 20, 10)
-    assert found == 960 - 300 - 20 - 10
+def test_what_is_left_for_the_pool() -> None:
+    step = StepMemory(temporaries=10, code=3)
+    left = left_for_pool(1000, parameters=300, state=20, step=step, num_programs=5)
+    assert left == 1000 - 40 - 300 - 20 - 10 - 5 * 3  # 4 % are left alone
+    assert reserve(1000) == 40
+
+
+def test_memory_of_an_accelerator() -> None:
+    assert device_memory(device("tpu", {"bytes_limit": 1000})) == 1000
 
 
 @pytest.mark.parametrize("stats", [None, {}])
 def test_a_device_that_hides_its_memory(stats: dict[str, int] | None) -> None:
     with pytest.raises(ValueError, match="kv_cache_memory_bytes"):
-        pool_budget(device("gpu", stats), 1, 1, 1)
+        device_memory(device("gpu", stats))
 
 
 def test_cpu_budget_is_a_share_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "host_memory", lambda: 8 * GIB)
-    assert pool_budget(device("cpu", None), 3 * GIB, 1, 1) == 2 * GIB
+    assert host_pool_budget() == 2 * GIB
+
+
+def test_results_that_are_new_count_among_the_temporaries() -> None:
+    def step(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return x.at[0].set(1), jnp.sort(y * 2)
+
+    vector = jax.ShapeDtypeStruct((1 << 16,), jnp.float32)
+    compiled = jax.jit(step, donate_argnums=0).lower(vector, vector).compile()
+    analysis = compiled.memory_analysis()
+    found = StepMemory.of(compiled)
+    assert found.temporaries - analysis.temp_size_in_bytes in range(4 << 16, (4 << 16) + 100)
+    assert found.code == analysis.generated_code_size_in_bytes
 
 
 @pytest.mark.parametrize(
@@ -94,13 +122,13 @@ def test_host_memory_heeds_the_control_group(
 
 
 def test_plan_adds_up() -> None:
-    plan = MemoryPlan(4 * GIB, 2 * GIB, GIB, GIB // 2, GIB // 4)
-    assert plan.total == int(7.75 * GIB)
+    plan = MemoryPlan(4 * GIB, 2 * GIB, GIB, GIB // 2, 2 * GIB, GIB // 4)
+    assert plan.total == int(9.75 * GIB)
     assert str(plan) == (
-        "7.75 GiB = parameters 4.00 + block pool 2.00 + sampling state 1.00 + temporaries 0.50"
-        " + process 0.25"
+        "9.75 GiB = parameters 4.00 + block pool 2.00 + sampling state 1.00 + temporaries 0.50"
+        " + programs 2.00 + process 0.25"
     )
-    assert "process" not in str(MemoryPlan(1, 1, 1, 1, 0))
+    assert str(MemoryPlan(1, 1, 1, 1)).endswith("temporaries 0.00")
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.float16])
@@ -143,4 +171,5 @@ def test_estimated_temporaries_bound_a_feed_forward_and_logits(
     args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     analysis = jax.jit(part_of_step).lower(*args).compile().memory_analysis()
     assert analysis.temp_size_in_bytes > 0
-    assert memory.estimated_temporaries(CONFIG, num_tokens, num_seqs) > analysis.temp_size_in_bytes
+    estimate = StepMemory.estimated(CONFIG, num_tokens, num_seqs)
+    assert estimate.temporaries > analysis.temp_size_in_bytes

@@ -1,0 +1,156 @@
+"""From a model's configuration and the user's options to the limits and programs of an engine, on
+devices that are there or only described. Nothing here needs weights."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.config import EngineConfig, ModelConfig
+from jaxllm.engine_options import EngineOptions
+from jaxllm.models.decoder import Model, can_pack
+from jaxllm.runtime import kv_cache, memory
+from jaxllm.runtime.compilation import Compiler
+from jaxllm.runtime.memory import StepMemory
+from jaxllm.runtime.programs import StepPrograms
+from jaxllm.runtime.sharding import Placement, check_divisible, device_bytes, kv_repeats
+from jaxllm.runtime.step import StepOptions
+from pallas_kernels import native
+
+logger = logging.getLogger(__name__)
+
+
+def build_model(config: ModelConfig, options: EngineOptions, placement: Placement) -> Model:
+    """The model as the devices compute it. Raises ValueError for options that do not fit."""
+    check_divisible(config, placement.num_devices)
+    dtype = options.dtype
+    if dtype == "auto":
+        dtype = "float32" if config.checkpoint_dtype == "float32" else "bfloat16"
+    layer_loop = options.layer_loop
+    if layer_loop == "packed" and placement.mesh is not None:
+        raise ValueError("layer_loop 'packed' is for one CPU; use 'scan' or 'auto'")
+    if layer_loop == "auto":
+        on_cpu = "packed" if can_pack(config, dtype) and native.is_available() else "switch"
+        on_one_cpu = placement.platform == "cpu" and placement.mesh is None
+        layer_loop = on_cpu if on_one_cpu else "scan"
+    repeats = kv_repeats(config, placement.num_devices)
+    return Model(config, layer_loop, jnp.dtype(dtype), repeats)  # type: ignore[arg-type]
+
+
+def step_options(options: EngineOptions, placement: Placement) -> StepOptions:
+    """What steps are compiled for. Raises ValueError for what several devices cannot do."""
+    attention = options.attention
+    if placement.platform == "cpu" and placement.mesh is not None:
+        if attention == "cpu":
+            raise ValueError("attention 'cpu' is for one CPU; use 'xla' for several devices")
+        attention = attention or "xla"  # the C++ kernel is not made for several
+    return StepOptions(attention)
+
+
+def smallest_config(model: Model, options: EngineOptions, placement: Placement) -> EngineConfig:
+    """The engine's limits, with a pool for one sequence of max_model_len."""
+    on_cpu = placement.platform == "cpu"
+    longest = model.config.max_context_len
+    max_model_len = options.max_model_len or longest
+    if max_model_len > longest:
+        raise ValueError(
+            f"max_model_len {max_model_len} is more than the {longest} tokens that the model's "
+            f"positions are made for"
+        )
+    max_num_seqs = options.max_num_seqs or (64 if on_cpu else 256)
+    return EngineConfig(
+        num_blocks=math.ceil(max_model_len / options.block_size),
+        block_size=options.block_size,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens
+        or max(512 if on_cpu else 2048, max_num_seqs),
+        enable_prefix_caching=options.enable_prefix_caching
+        and not _keys_vary(model, max_model_len),
+        policy=options.scheduling_policy,
+        seed=options.seed,
+        overlap=options.overlap,
+        max_steps_per_dispatch=options.max_steps_per_dispatch or (1 if on_cpu else 4),
+    )
+
+
+@dataclass(frozen=True)
+class DeviceNeeds:
+    """Bytes that an engine takes of one device beside its pool, and those of a block in it, all as
+    the compiler says. step: the largest bucket's."""
+
+    parameters: int
+    state: int
+    block: int
+    step: StepMemory
+
+    @classmethod
+    def of(cls, programs: StepPrograms, pool: jax.stages.Compiled, step: StepMemory) -> DeviceNeeds:
+        """From the compiled `programs.pool()` and the largest bucket's step. What a device pads of
+        the arguments counts as the parameters'."""
+        pool_bytes = StepMemory.of(pool).temporaries  # a result that is no argument's memory
+        state = device_bytes(programs.state[1:])
+        block = -(-pool_bytes // programs.config.num_blocks)
+        return cls(step.arguments - pool_bytes - state, state, block, step)
+
+    def left_for_pool(self, device_memory: int, num_programs: int) -> int:
+        """Bytes of a device that the pool may take."""
+        return memory.left_for_pool(
+            device_memory, parameters=self.parameters, state=self.state, step=self.step,
+            num_programs=num_programs,
+        )  # fmt: skip
+
+
+def with_pool(
+    smallest: EngineConfig,
+    model: Model,
+    options: EngineOptions,
+    placement: Placement,
+    compiler: Compiler,
+    device_memory: int | None = None,
+) -> EngineConfig:
+    """The limits with a pool of the size that the user says, of a share of the host's memory, or of
+    what an accelerator has left beside all else that the engine needs. device_memory: bytes, of an
+    accelerator that cannot be asked."""
+    budget = options.kv_cache_memory_bytes
+    block = block_bytes(model, smallest.block_size, placement)
+    if budget is None and placement.platform == "cpu":
+        budget = memory.host_pool_budget()
+    if budget is None:
+        total = device_memory or memory.device_memory(placement.devices[0])
+        programs = StepPrograms(model, smallest, placement, step_options(options, placement))
+        needs = _measure(programs, compiler)
+        budget, block = needs.left_for_pool(total, len(programs.all())), needs.block
+        logger.info(
+            "of %.2f GiB, %.2f are left for the block pool and %.2f alone",
+            total / memory.GIB, budget / memory.GIB, memory.reserve(total) / memory.GIB,
+        )  # fmt: skip
+    num_blocks = memory.num_pool_blocks(
+        budget, block, smallest.block_size, smallest.max_num_seqs, smallest.max_model_len
+    )
+    return replace(smallest, num_blocks=num_blocks)
+
+
+def _measure(programs: StepPrograms, compiler: Compiler) -> DeviceNeeds:
+    """With the smallest pool: what a step needs does not depend on how many blocks there are."""
+    step = programs.step(programs.largest_bucket)
+    step = replace(step, name=f"{step.name}, smallest pool")
+    pool = programs.pool()
+    for program in (pool, step):
+        compiler.submit(program)
+    return DeviceNeeds.of(programs, compiler.get(pool.name), StepMemory.of(compiler.get(step.name)))
+
+
+def block_bytes(model: Model, block_size: int, placement: Placement) -> int:
+    """Bytes of one block on one device, without padding."""
+    return kv_cache.block_bytes(model.config, block_size, model.dtype) // placement.num_devices
+
+
+def _keys_vary(model: Model, max_model_len: int) -> bool:
+    """Whether the keys of a prefix depend on the prompt that it begins, so cannot be shared."""
+    config = model.config
+    return config.rope.rope_type == "dynamic" and max_model_len > config.max_position_embeddings

@@ -1,0 +1,93 @@
+"""A model on several devices: the same tokens as on one. The devices are parts of the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxllm import LLM
+
+PROGRAM = """
+import json, sys
+from jaxllm import LLM, SamplingParams
+
+folder, cache, dtype, *sizes = sys.argv[1:]
+common = dict(temperature=0, max_tokens=12, ignore_eos=True)
+params = [
+    SamplingParams(**common),
+    SamplingParams(**common, logprobs=3, prompt_logprobs=2),
+    SamplingParams(**common, repetition_penalty=1.5, logit_bias={7: 2.0}),
+    SamplingParams(**common | {"temperature": 1.0}, seed=5, top_k=9),
+    SamplingParams(**common | {"temperature": 0.7}, seed=6, top_p=0.8),
+]
+prompts = [[5 + i] * (3 + 17 * i) for i in range(len(params))]
+for size in map(int, sizes):
+    options = dict(max_model_len=128, max_num_seqs=8, max_num_batched_tokens=64, cache_dir=cache,
+                   dtype=dtype, compilation="on_demand", tensor_parallel_size=size)
+    with LLM(folder, **options) as llm:
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        runner = llm._running.runner
+        tokens = [o.outputs[0].token_ids for o in outputs]
+        chosen = {token: lp.logprob for row in outputs[1].outputs[0].logprobs
+                  for token, lp in row.items()}
+        pool = runner._state.kv_pool
+        shares = [list(shard.data.shape) for shard in pool.addressable_shards]
+        figures = dict(tokens=tokens, logprobs=chosen, pool=shares,
+                       plan=llm._running.memory_plan.parameters,
+                       loaded=runner.figures().num_loaded)
+        print(json.dumps(figures))
+"""
+
+
+def run(folder: Path, cache: Path, dtype: str, *sizes: int) -> list[dict[str, Any]]:
+    """What engines of so many devices answer, in a process that has four."""
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    child = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(folder), str(cache), dtype, *map(str, sizes)],
+        env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert child.returncode == 0, child.stderr[-3000:]
+    return [json.loads(line) for line in child.stdout.splitlines()]
+
+
+@pytest.mark.long
+def test_the_tokens_are_those_of_one_device(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    one, two, four = run(tiny_llama_folder, tmp_path, "float32", 1, 2, 4)
+    for several in (two, four):
+        assert several["tokens"] == one["tokens"]
+        assert several["logprobs"] == pytest.approx(one["logprobs"], abs=1e-3)
+    # 2 KV heads, so 4 in the pool: on four devices two of them share each
+    assert [pool["pool"][0][3] for pool in (one, two, four)] == [4, 2, 2]
+    assert [len(pool["pool"]) for pool in (one, two, four)] == [1, 2, 4]
+    assert two["plan"] < 0.6 * one["plan"]
+    assert four["plan"] < 0.4 * one["plan"]
+
+
+@pytest.mark.long
+def test_programs_for_several_devices_are_loaded_again(
+    tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    first, second = run(tiny_llama_folder, tmp_path, "bfloat16", 2, 2)
+    assert first["loaded"] == 0
+    assert second["loaded"] > 0
+    assert second["tokens"] == first["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tensor_parallel_size": 512}, "tensor_parallel_size 512 is more than the . devices"),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size must be a positive integer, got 0"),
+    ],
+)
+def test_a_number_of_devices_that_cannot_be(
+    tiny_llama_folder: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        LLM(str(tiny_llama_folder), **options)
