@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jaxllm.config import EngineConfig
-from jaxllm.engine.batch import is_host_bound
+from jaxllm.engine.batch import is_host_bound, uses_table
 from jaxllm.engine.request import (
     Detokenizer,
     QueueFullError,
@@ -31,6 +31,7 @@ from jaxllm.engine.sequence import (
     NOT_FINITE,
     NOT_LIMITED,
     Batch,
+    Constraint,
     Runner,
     ScheduledSequence,
     Sequence,
@@ -362,9 +363,25 @@ class Engine:
             assert result.logprobs is not None
             state.add_logprobs(result.logprobs, row, token_id, self.tokenizer)
         finish_reason = state.append(token_id)
+        if finish_reason is None and sequence.constraint is not None:
+            finish_reason = self._take_forced_tokens(state, sequence.constraint)
         if finish_reason is not None:
             self._finish(state, finish_reason)
         return finish_reason is not None
+
+    def _take_forced_tokens(self, state: SequenceState, constraint: Constraint) -> str | None:
+        """The tokens of which the sequence's form leaves no choice: they need no logits, and their
+        keys and values are computed with those of the token that follows. Not where something is
+        wanted of the logits, or kept of sampled tokens on the device."""
+        sequence = state.sequence
+        if sequence.params.logprobs is not None or uses_table(sequence):
+            return None
+        for token_id in constraint.forced():
+            sequence.expect(1)
+            self._num_generation_tokens += 1
+            if finish_reason := state.append(token_id):
+                return finish_reason
+        return None
 
     def _take_prompt_logprobs(self, batch: Batch, result: StepResult) -> None:
         first_row = 0
