@@ -1,6 +1,6 @@
-"""The figures of the engine on this machine: start-up, host time, padding, memory, context.
+"""The figures of the engine on this machine: start-up, host, padding, memory, context, grammar.
 
-    python scripts/measure_engine.py startup host padding memory context
+    python scripts/measure_engine.py startup host padding memory context grammar
     python scripts/measure_engine.py startup --runs 5 --json figures.json
 
 Each figure is measured in processes of its own. The model's file is fetched before anything is
@@ -188,6 +188,40 @@ def context(model: str, cache_dir: str) -> Figures:
     }
 
 
+def grammar(model: str, cache_dir: str) -> Figures:
+    """What a JSON schema costs 16 sequences, runs with it and without it in turn. Every integer
+    may go on, so the schema forces few tokens."""
+    from jaxllm import LLM, SamplingParams
+    from jaxllm.structured_outputs import StructuredOutputsParams
+
+    num_tokens = 96
+    schema = {"type": "array", "items": {"type": "integer"}, "minItems": num_tokens}
+    with LLM(
+        model, cache_dir=cache_dir, max_num_seqs=16, max_model_len=256, compilation="ahead",
+        enable_prefix_caching=False,
+    ) as llm:  # fmt: skip
+        prompts = [[100 + i, *range(1000, 1020)] for i in range(16)]
+
+        def tokens_per_second(form: StructuredOutputsParams | None) -> float:
+            params = SamplingParams(
+                temperature=1, seed=1, max_tokens=num_tokens, ignore_eos=True,
+                structured_outputs=form,
+            )  # fmt: skip
+            started = time.perf_counter()
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            count = sum(len(output.outputs[0].token_ids) for output in outputs)
+            return count / (time.perf_counter() - started)
+
+        form = StructuredOutputsParams(json=schema)
+        tokens_per_second(form)  # compiles the grammar
+        pairs = [(tokens_per_second(None), tokens_per_second(form)) for _ in range(7)]
+    return {
+        "free_tokens_per_second": statistics.median(free for free, _ in pairs),
+        "schema_tokens_per_second": statistics.median(bound for _, bound in pairs),
+        "schema_over_free": statistics.median(bound / free for free, bound in pairs),
+    }
+
+
 # ---- in the process that measures
 
 
@@ -221,6 +255,7 @@ CHILDREN: dict[str, Callable[[str, str], Figures]] = {
     "padding": padding,
     "memory": memory,
     "context": context,
+    "grammar": grammar,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
+from masks import allowed
 from torch_reference import TorchModel
 
 from jaxllm import LLM, SamplingParams, StructuredOutputsParams
@@ -59,12 +61,16 @@ def test_the_most_likely_of_the_allowed_tokens_as_transformers(
     reference, expected = TorchModel.from_folder(tiny_llama_folder), list[int]()
     while len(expected) < 40 and not constraint.is_complete:
         logits = reference.logits([*PROMPT, *expected])[-1]
-        expected.append(int(np.argmax(np.where(constraint.allowed, logits, -np.inf))))
+        is_allowed = allowed(constraint.mask, len(logits))
+        expected.append(int(np.argmax(np.where(is_allowed, logits, -np.inf))))
         if expected[-1] == 1:  # the end of the answer
             break
         constraint.accept(expected[-1])
+        for token_id in constraint.forced():
+            expected.append(token_id)
+            constraint.accept(token_id)
     [output] = llm.generate([PROMPT], params(40, **form), use_tqdm=False)
-    assert output.outputs[0].token_ids == expected
+    assert output.outputs[0].token_ids == expected[:40]
 
 
 def test_every_drawn_answer_has_its_form(llm: LLM) -> None:
@@ -115,6 +121,23 @@ def test_penalties_and_logprobs_go_with_a_form(llm: LLM) -> None:
     assert answer.text == "the dog"
     assert answer.logprobs is not None
     assert len(answer.logprobs) == len(answer.token_ids)
+
+
+def test_tokens_that_the_form_forces_take_no_step_of_their_own(llm: LLM) -> None:
+    form = {"regex": "0123456789abcdefghij[kl]"}
+    steps = llm._running.runner.stats
+    before = steps.num_steps
+    [answer] = llm.generate([PROMPT], params(60, **form), use_tqdm=False)[0].outputs
+    assert re.fullmatch(form["regex"], answer.text)
+    assert steps.num_steps - before <= 4 < len(answer.token_ids)
+    ended = llm.generate([PROMPT], params(5, **form), use_tqdm=False)[0].outputs[0]
+    assert (ended.finish_reason, ended.token_ids) == ("length", answer.token_ids[:5])
+    # Where log-probabilities are wanted, each token has its own.
+    wanting = dataclasses.replace(params(60, **form), logprobs=0)
+    [slow] = llm.generate([PROMPT], wanting, use_tqdm=False)[0].outputs
+    assert slow.logprobs is not None
+    assert len(slow.logprobs) == len(slow.token_ids)
+    assert re.fullmatch(form["regex"], slow.text)
 
 
 def test_max_tokens_may_end_it_in_the_middle(llm: LLM) -> None:

@@ -24,6 +24,7 @@ INT_FIELDS = (
     "top_k",
     "min_tokens",
     "uses_table",  # 1: its row of the sampling table applies
+    "is_constrained",  # 1: its mask of allowed tokens applies
     "wants_logprobs",  # one of NO_LOGPROBS, CHOSEN_LOGPROBS, TOP_LOGPROBS
     "wants_prompt_logprobs",
     "pooling",  # one of POOLING_CODES, 0: the sequence generates
@@ -138,9 +139,8 @@ class BatchPacker:
         self._table_versions = [0] * rows
 
     def new_table_rows(self, batch: Batch) -> list[Sequence]:
-        """Takes in the sequences that are new in their slots; returns those whose row of the
-        sampling table has to be written before the step: new ones that use it, and those of which
-        other tokens are allowed than in the step before."""
+        """Takes in the sequences that are new in their slots; returns those of them whose row of
+        the sampling table has to be written before the step."""
         needing = []
         for scheduled in batch.sequences:
             sequence = scheduled.sequence
@@ -150,8 +150,7 @@ class BatchPacker:
             if is_new:
                 assert not sequence.num_pending
                 self._take_slot(sequence)
-            changes = sequence.constraint is not None and scheduled.samples
-            if changes or (is_new and self._fields["uses_table"][sequence.slot]):
+            if is_new and self._fields["uses_table"][sequence.slot]:
                 needing.append(sequence)
         return needing
 
@@ -164,6 +163,7 @@ class BatchPacker:
         fields["seed_low"][slot] = _as_int32(sequence.seed)
         fields["seed_high"][slot] = _as_int32(sequence.seed >> 32)
         fields["uses_table"][slot] = uses_table(sequence)
+        fields["is_constrained"][slot] = sequence.constraint is not None
         fields["wants_logprobs"][slot] = _wanted_logprobs(params)
         fields["wants_prompt_logprobs"][slot] = params.prompt_logprobs is not None
         stop_ids = sorted(params.all_stop_token_ids(sequence.eos_token_ids))[:MAX_STOP_IDS]
@@ -254,6 +254,17 @@ def _wanted_logprobs(params: SamplingParams) -> int:
     return CHOSEN_LOGPROBS if params.ranks_answers else NO_LOGPROBS
 
 
+def masks(batch: Batch) -> tuple[list[int], list[np.ndarray]]:
+    """Slots of the sequences whose answers must have a given form and which sample in this step,
+    and which tokens may come next in each."""
+    constrained = [
+        (s.sequence.slot, s.sequence.constraint.mask)
+        for s in batch.sequences
+        if s.sequence.constraint is not None and s.samples
+    ]
+    return [slot for slot, _ in constrained], [mask for _, mask in constrained]
+
+
 def is_host_bound(
     params: SamplingParams, eos_token_ids: tuple[int, ...], is_constrained: bool
 ) -> bool:
@@ -275,7 +286,6 @@ def uses_table(sequence: Sequence) -> bool:
         or params.allowed_token_ids is not None
         or params.banned_token_ids
         or params.min_tokens
-        or sequence.constraint is not None
     )
 
 
@@ -298,8 +308,6 @@ def table_row(sequence: Sequence, vocab_size: int) -> tuple[np.ndarray, np.ndarr
     for token_id, value in (params.logit_bias or {}).items():
         bias[token_id] += value
     bias[list(params.banned_token_ids or ())] = -np.inf
-    if sequence.constraint is not None:
-        bias[~sequence.constraint.allowed] = -np.inf
     return info, bias
 
 

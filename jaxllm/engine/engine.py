@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jaxllm.config import EngineConfig
+from jaxllm.engine.batch import uses_table
 from jaxllm.engine.beam_search import NOTHING
 from jaxllm.engine.intake import Intake
 from jaxllm.engine.request import QueueFullError, Request
@@ -25,6 +26,7 @@ from jaxllm.engine.scheduler import Scheduler
 from jaxllm.engine.sequence import (
     NOT_FINITE,
     Batch,
+    Constraint,
     Runner,
     SequenceStatus,
     StepHandle,
@@ -358,6 +360,8 @@ class Engine:
             assert result.logprobs is not None
             state.add_logprobs(result.logprobs, row, token_id, self.tokenizer)
         finish_reason = state.append(token_id)
+        if finish_reason is None and sequence.constraint is not None:
+            finish_reason = self._take_forced_tokens(state, sequence.constraint)
         if finish_reason is not None:
             self._finish(state, finish_reason)
         return finish_reason is not None
@@ -366,6 +370,21 @@ class Engine:
         if request.first_token_time is None:
             request.first_token_time = time.monotonic()
             self.meter.num_prompt_tokens += len(request.prompt_token_ids)
+
+    def _take_forced_tokens(self, state: SequenceState, constraint: Constraint) -> str | None:
+        """The tokens of which the sequence's form leaves no choice: they need no logits, and their
+        keys and values are computed with those of the token that follows. Not where something is
+        wanted of the logits, or kept of sampled tokens on the device."""
+        sequence = state.sequence
+        params = sequence.params
+        if params.logprobs is not None or params.ranks_answers or uses_table(sequence):
+            return None
+        for token_id in constraint.forced():
+            sequence.expect(1)
+            self.meter.num_generation_tokens += 1
+            if finish_reason := state.append(token_id):
+                return finish_reason
+        return None
 
     def _finish(self, state: SequenceState, reason: str) -> None:
         """Ends one sequence, if it has not ended, or the search that it belongs to."""

@@ -21,17 +21,26 @@ class SequenceStatus(Enum):
     FINISHED = auto()
 
 
+def mask_len(vocab_size: int) -> int:
+    """Words of 32 bits with a bit for each token."""
+    return -(-vocab_size // 32)
+
+
 class Constraint(Protocol):
     """What a sequence whose answer must have a given form needs of jaxllm.text.constraint.
 
-    allowed: [V] bool, the tokens that may come next. is_complete: nothing may come any more.
+    mask: [ceil(V / 32)] int32, a bit for each token that may come next, the lowest first.
+    is_complete: nothing may come any more.
     """
 
-    allowed: np.ndarray
+    mask: np.ndarray
     is_complete: bool
 
     def accept(self, token_id: int) -> None:
         """Takes the next token. Raises ValueError if the form cannot be kept."""
+
+    def forced(self) -> list[int]:
+        """The tokens that come next in any case; they are still to be accepted."""
 
     def copy(self) -> Constraint:
         """For another answer; before any token was taken."""

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jaxllm.config import EngineConfig
-from jaxllm.engine.batch import BatchPacker, Bucket, table_row
+from jaxllm.engine.batch import BatchPacker, Bucket, masks, table_row
 from jaxllm.engine.sequence import (
     Batch,
     CandidateRows,
@@ -28,7 +28,13 @@ from jaxllm.runtime import kv_cache, memory
 from jaxllm.runtime.buckets import fitting
 from jaxllm.runtime.compilation import Compiler
 from jaxllm.runtime.memory import MemoryPlan, StepMemory
-from jaxllm.runtime.programs import ALLOCATE, WRITE_ROW, StepPrograms
+from jaxllm.runtime.programs import (
+    ALLOCATE,
+    MASKS_AT_ONCE,
+    WRITE_MASKS,
+    WRITE_ROW,
+    StepPrograms,
+)
 from jaxllm.runtime.sampler import Logprobs
 from jaxllm.runtime.sharding import Placement, device_bytes
 from jaxllm.runtime.step import State, StepOptions, StepOutputs
@@ -188,6 +194,7 @@ class ModelRunner:
         with self._compiler.guard():
             for sequence in self._packer.new_table_rows(batch):
                 self._write_table_row(sequence)
+            self._write_masks(batch)
             bucket = self._choose(batch)
             packed = self._packer.pack(batch, self.programs.layouts[bucket])
             packed_time = time.monotonic()
@@ -227,6 +234,16 @@ class ModelRunner:
         info, bias = table_row(sequence, self.model.config.vocab_size)
         write = self._program(WRITE_ROW)
         self._state = write(self._state, np.int32(sequence.slot), info, bias)
+
+    def _write_masks(self, batch: Batch) -> None:
+        slots, all_masks = masks(batch)
+        for first in range(0, len(slots), MASKS_AT_ONCE):
+            some = slots[first : first + MASKS_AT_ONCE]
+            padded_slots = np.full(MASKS_AT_ONCE, self.config.max_num_seqs, np.int32)  # none
+            padded_slots[: len(some)] = some
+            rows = np.zeros((MASKS_AT_ONCE, len(all_masks[0])), np.int32)
+            rows[: len(some)] = all_masks[first : first + MASKS_AT_ONCE]
+            self._state = self._program(WRITE_MASKS)(self._state, padded_slots, rows)
 
     def _program(self, name: Hashable) -> jax.stages.Compiled:
         """A program for a step, which may have to wait for it."""

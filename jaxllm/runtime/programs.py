@@ -25,11 +25,14 @@ from jaxllm.runtime.step import (
     StepOutputs,
     abstract_tables,
     make_step,
+    write_masks,
     write_table_row,
 )
 
 ALLOCATE = "allocate state"
 WRITE_ROW = "write sampling table row"
+WRITE_MASKS = "write masks"
+MASKS_AT_ONCE = 16
 FIRST_PROMPT_TOKENS = 128  # the mixed bucket that is compiled first
 
 
@@ -105,7 +108,7 @@ class StepPrograms:
 
     def all(self) -> list[Program]:
         """Every program, in the order of compilation."""
-        return [self.allocate(), *map(self.step, self.order), self.write_row()]
+        return [self.allocate(), *map(self.step, self.order), self.write_row(), self.write_masks()]
 
     def allocate(self) -> Program:
         """() -> the device state with nothing in it."""
@@ -149,6 +152,14 @@ class StepPrograms:
         )
         out = _shardings(state)
         return Program(WRITE_ROW, write_table_row, (state, *row), out, 0, self._key)
+
+    def write_masks(self) -> Program:
+        """step.write_masks"""
+        state = self.state
+        slots = self._whole((MASKS_AT_ONCE,), jnp.int32)
+        masks = self._whole((MASKS_AT_ONCE, *state.masks.shape[1:]), jnp.int32)
+        out = _shardings(state)
+        return Program(WRITE_MASKS, write_masks, (state, slots, masks), out, 0, self._key)
 
     @property
     def _key(self) -> tuple[Any, ...]:

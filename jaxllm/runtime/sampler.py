@@ -38,6 +38,15 @@ class SamplingInputs(NamedTuple):
     seed_low: jax.Array  # [S] int32
     seed_high: jax.Array  # [S] int32
     uses_table: jax.Array  # [S] int32
+    is_constrained: jax.Array  # [S] int32
+
+
+class SamplingTables(NamedTuple):
+    """What is kept for each slot, with a number or a bit for each token."""
+
+    token_info: jax.Array  # [num_slots, V] int32, see batch.table_row
+    logit_bias: jax.Array  # [num_slots, V] float32
+    masks: jax.Array  # [num_slots, ceil(V / 32)] int32, see engine.sequence.Constraint
 
 
 class Logprobs(NamedTuple):
@@ -52,8 +61,7 @@ class Logprobs(NamedTuple):
 def sample(
     logits: jax.Array,  # [S, V] float32
     inputs: SamplingInputs,
-    token_info: jax.Array,  # [num_slots, V] int32
-    logit_bias: jax.Array,  # [num_slots, V] float32
+    tables: SamplingTables,
     slots: jax.Array,  # [S] int32
 ) -> jax.Array:
     """The next token of each row, [S] int32. If options leave a row no token at all, which the
@@ -65,14 +73,14 @@ def sample(
     num_rows = logits.shape[0]
 
     def whole() -> jax.Array:
-        return _sample_rows(logits, inputs, token_info, logit_bias, slots)
+        return _sample_rows(logits, inputs, tables, slots)
 
     def tiled() -> jax.Array:
         def tile(start: jax.Array) -> jax.Array:
             rows, row_inputs, row_slots = jax.tree.map(
                 lambda x: jax.lax.dynamic_slice_in_dim(x, start, ROW_TILE), (logits, inputs, slots)
             )
-            return _sample_rows(rows, row_inputs, token_info, logit_bias, row_slots)
+            return _sample_rows(rows, row_inputs, tables, row_slots)
 
         return jax.lax.map(tile, jnp.arange(0, num_rows, ROW_TILE)).reshape(num_rows)
 
@@ -84,15 +92,19 @@ def sample(
 def _sample_rows(
     logits: jax.Array,
     inputs: SamplingInputs,
-    token_info: jax.Array,
-    logit_bias: jax.Array,
+    tables: SamplingTables,
     slots: jax.Array,
 ) -> jax.Array:
     def with_table(logits: jax.Array) -> jax.Array:
-        changed = apply_table(logits, inputs, token_info[slots], logit_bias[slots])
+        changed = apply_table(logits, inputs, tables.token_info[slots], tables.logit_bias[slots])
         return jnp.where(inputs.uses_table[:, None] > 0, changed, logits)
 
+    def with_mask(logits: jax.Array) -> jax.Array:
+        applies = (inputs.is_constrained > 0)[:, None]
+        return apply_mask(logits, jnp.where(applies, tables.masks[slots], -1))
+
     logits = jax.lax.cond(jnp.any(inputs.uses_table > 0), with_table, lambda x: x, logits)
+    logits = jax.lax.cond(jnp.any(inputs.is_constrained > 0), with_mask, lambda x: x, logits)
     best = _argmax(logits)
     return jax.lax.cond(
         jnp.any(inputs.temperature > 0),
@@ -122,6 +134,12 @@ def apply_table(
     logits = jnp.where(seen, repeated, logits)
     logits -= column(inputs.frequency_penalty) * count
     return logits - column(inputs.presence_penalty) * (count > 0)
+
+
+def apply_mask(logits: jax.Array, masks: jax.Array) -> jax.Array:
+    """Logits [S, V], minus infinity where the token's bit of masks [S, ceil(V / 32)] is 0."""
+    bits = (masks[:, :, None] >> jnp.arange(32)) & 1  # [S, ceil(V / 32), 32]
+    return jnp.where(bits.reshape(masks.shape[0], -1)[:, : logits.shape[1]], logits, -jnp.inf)
 
 
 def draw(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:

@@ -13,12 +13,12 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxllm.config import ModelConfig
 from jaxllm.engine.batch import FLOAT_FIELDS, ROW_FIELDS, PackedLayout
-from jaxllm.engine.sequence import NOT_FINITE, ON_DEVICE
+from jaxllm.engine.sequence import NOT_FINITE, ON_DEVICE, mask_len
 from jaxllm.models.decoder import Model, Parameters
 from jaxllm.runtime import kv_cache, ranking, sampler
 from jaxllm.runtime.pooling import pool_hidden
 from jaxllm.runtime.ranking import Candidates
-from jaxllm.runtime.sampler import Logprobs, SamplingInputs
+from jaxllm.runtime.sampler import Logprobs, SamplingInputs, SamplingTables
 from jaxllm.runtime.sharding import axis_spec, pool_spec
 from pallas_kernels.ragged_paged_attention.api import ragged_paged_attention
 from pallas_kernels.ragged_paged_attention.layout import TokenRows, token_rows
@@ -33,18 +33,18 @@ class State(NamedTuple):
     last_tokens: jax.Array  # [num_slots] int32, what each slot's sequence sampled last
     token_info: jax.Array  # [num_slots, V] int32, see batch.table_row
     logit_bias: jax.Array  # [num_slots, V] float32
+    masks: jax.Array  # [num_slots, ceil(V / 32)] int32, see engine.sequence.Constraint
     hidden_sums: jax.Array  # [num_slots, E] float32, see pooling.pool_hidden
 
 
-def abstract_tables(
-    config: ModelConfig, num_slots: int
-) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+def abstract_tables(config: ModelConfig, num_slots: int) -> tuple[jax.ShapeDtypeStruct, ...]:
     """The shapes of what State holds beside the pool, in its order."""
     by_token = (num_slots, config.vocab_size)
     return (
         jax.ShapeDtypeStruct((num_slots,), jnp.int32),
         jax.ShapeDtypeStruct(by_token, jnp.int32),
         jax.ShapeDtypeStruct(by_token, jnp.float32),
+        jax.ShapeDtypeStruct((num_slots, mask_len(config.vocab_size)), jnp.int32),
         jax.ShapeDtypeStruct((num_slots, config.hidden_size), jnp.float32),
     )
 
@@ -120,7 +120,8 @@ def _compute(
     inputs = SamplingInputs(**{name: batch[name] for name in SamplingInputs._fields})
     is_beam = batch["num_candidates"] > 0  # its token is chosen by the host, so it is not drawn
     inputs = inputs._replace(temperature=jnp.where(is_beam, 0.0, inputs.temperature))
-    tokens = sampler.sample(logits, inputs, state.token_info, state.logit_bias, batch["slots"])
+    tables = SamplingTables(state.token_info, state.logit_bias, state.masks)
+    tokens = sampler.sample(logits, inputs, tables, batch["slots"])
     logprobs = jax.lax.switch(
         batch["wants_logprobs"].max(),
         [
@@ -234,6 +235,12 @@ def write_table_row(state: State, slot: jax.Array, info: jax.Array, bias: jax.Ar
         token_info=state.token_info.at[slot].set(info),
         logit_bias=state.logit_bias.at[slot].set(bias),
     )
+
+
+def write_masks(state: State, slots: jax.Array, masks: jax.Array) -> State:
+    """The state with the masks of slots [n] replaced by masks [n, ceil(V / 32)]; those of slots
+    outside it are passed over."""
+    return state._replace(masks=state.masks.at[slots].set(masks, mode="drop"))
 
 
 def _known_or_sampled(token_ids: jax.Array, slots: jax.Array, last_tokens: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jaxllm.engine.sequence import mask_len
 from jaxllm.structured_outputs import FormError, StructuredOutputsParams
 from jaxllm.text.grammar import grammar_of
 from jaxllm.text.reasoning import CLOSE, opens_reasoning
@@ -23,7 +24,8 @@ NUM_KEPT = 64  # grammars, the last ones used
 class Constraint:
     """How far one answer has come in its grammar. Implements engine.sequence.Constraint.
 
-    allowed: [V] bool, the tokens that may come next. is_complete: nothing may come any more.
+    mask: [ceil(V / 32)] int32, a bit for each token that may come next, the lowest first.
+    is_complete: nothing may come any more.
     """
 
     def __init__(
@@ -31,13 +33,13 @@ class Constraint:
         matcher: LLMatcher,
         vocab_size: int,
         source: str,
-        allowed: np.ndarray | None = None,
+        mask: np.ndarray | None = None,
     ) -> None:
         self._matcher = matcher
         self._vocab_size = vocab_size
         self._source = source
         self.is_complete = False
-        self.allowed = self._next() if allowed is None else allowed
+        self.mask = self._next() if mask is None else mask
 
     def accept(self, token_id: int) -> None:
         """Takes the next token. Raises FormError for one that is not allowed, and for a grammar
@@ -46,19 +48,25 @@ class Constraint:
         self._check()
         self.is_complete = self._matcher.is_stopped()
         if not self.is_complete:
-            self.allowed = self._next()
+            self.mask = self._next()
+
+    def forced(self) -> list[int]:
+        """The tokens that come next whatever the model thinks: those of the text that every answer
+        goes on with here, as far as the tokenizer would split it so whatever follows."""
+        return [] if self.is_complete else self._matcher.compute_ff_tokens()
 
     def copy(self) -> Constraint:
         """For another answer; before any token was taken."""
-        return Constraint(self._matcher.deep_copy(), self._vocab_size, self._source, self.allowed)
+        return Constraint(self._matcher.deep_copy(), self._vocab_size, self._source, self.mask)
 
     def _next(self) -> np.ndarray:
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        mask = np.zeros(mask_len(self._vocab_size), np.int32)
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)[: mask.nbytes]
+        mask.view(np.uint8)[: len(bits)] = bits
         self._check()
-        allowed = np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(bool)
-        if not allowed.any():
+        if not mask.any():
             raise FormError(self._source, "no token of this model continues the answer")
-        return allowed
+        return mask
 
     def _check(self) -> None:
         if self._matcher.is_error():
@@ -74,7 +82,7 @@ class AfterReasoning:
         self._tokenizer = tokenizer
         self._text = ""  # its end, in which the tag may begin
         self._has_begun = False
-        self.allowed = np.ones_like(constraint.allowed)
+        self.mask = np.full_like(constraint.mask, -1)  # all bits
         self.is_complete = False
 
     def accept(self, token_id: int) -> None:
@@ -87,7 +95,11 @@ class AfterReasoning:
             self._has_begun = CLOSE in text
             self._text = text[-len(CLOSE) :]
         if self._has_begun:
-            self.allowed = self._constraint.allowed
+            self.mask = self._constraint.mask
+
+    def forced(self) -> list[int]:
+        """As Constraint.forced; none while it reasons."""
+        return self._constraint.forced() if self._has_begun else []
 
     def copy(self) -> AfterReasoning:
         """For another answer; before any token was taken."""

@@ -13,7 +13,7 @@ from fake_runner import EOS, VOCAB_SIZE, FakeHandle, FakeRunner, ids
 
 from jaxllm.config import EngineConfig
 from jaxllm.engine.engine import Engine, Request
-from jaxllm.engine.sequence import Batch, Sequence, StepResult
+from jaxllm.engine.sequence import Batch, Sequence, StepResult, mask_len
 from jaxllm.outputs import RequestOutput
 from jaxllm.sampling_params import SamplingParams
 from jaxllm.structured_outputs import StructuredOutputsParams
@@ -127,7 +127,7 @@ def test_generated_blocks_are_found_although_their_tokens_came_late() -> None:
 class AnyToken:
     """A constraint that allows everything, and takes note."""
 
-    allowed = np.ones(VOCAB_SIZE, bool)
+    mask = np.full(mask_len(VOCAB_SIZE), -1, np.int32)
     is_complete = False
 
     def __init__(self) -> None:
@@ -135,6 +135,9 @@ class AnyToken:
 
     def accept(self, token_id: int) -> None:
         self.accepted.append(token_id)
+
+    def forced(self) -> list[int]:
+        return []
 
     def copy(self) -> AnyToken:
         return self

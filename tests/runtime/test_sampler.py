@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend.random import threefry_2x32
+from masks import mask_of
 from sampling_reference import changed_logits, log_softmax, probabilities
 from scipy import stats
 
@@ -18,7 +19,7 @@ from jaxllm.engine.batch import IN_PROMPT, INT_FIELDS, IS_STOP
 from jaxllm.engine.request_state import token_logprobs
 from jaxllm.engine.sequence import LogprobRows
 from jaxllm.runtime import sampler
-from jaxllm.runtime.sampler import SamplingInputs
+from jaxllm.runtime.sampler import SamplingInputs, SamplingTables
 from jaxllm.sampling_params import MAX_LOGPROBS
 
 DEFAULTS = {"top_p": 1.0, "repetition_penalty": 1.0}
@@ -42,15 +43,21 @@ def same_for_all(num_rows: int, **options: Any) -> SamplingInputs:
 
 
 def draw_tokens(
-    logits: np.ndarray, inputs: SamplingInputs, info: Any = None, bias: Any = None
+    logits: np.ndarray,
+    inputs: SamplingInputs,
+    info: Any = None,
+    bias: Any = None,
+    masks: Any = None,
 ) -> np.ndarray:
     """Row i of at most 64 reads row i of the table; a table that is not given is empty."""
     num_rows, vocab_size = logits.shape
     num_slots = min(num_rows, 64)
     info = np.zeros((num_slots, vocab_size), np.int32) if info is None else info
     bias = np.zeros((num_slots, vocab_size), np.float32) if bias is None else bias
+    masks = mask_of(np.ones((num_slots, vocab_size))) if masks is None else masks
     slots = (np.arange(num_rows) % num_slots).astype(np.int32)
-    return np.asarray(sample(logits.astype(np.float32), inputs, info, bias, slots))
+    tables = SamplingTables(info, bias, masks)
+    return np.asarray(sample(logits.astype(np.float32), inputs, tables, slots))
 
 
 def filtered(logits: list[float], **options: Any) -> list[float]:
@@ -243,7 +250,8 @@ def test_only_rows_that_ask_use_their_slots_table() -> None:
     bias = np.array([[-np.inf, 0, 0], [-np.inf, -np.inf, 0]], np.float32)
     inputs = inputs_of([{"uses_table": 1}, {}, {"uses_table": 1}])
     slots = np.array([1, 0, 0], np.int32)
-    tokens = sample(logits.astype(np.float32), inputs, np.zeros((2, 3), np.int32), bias, slots)
+    tables = SamplingTables(np.zeros((2, 3), np.int32), bias, np.zeros((2, 1), np.int32))
+    tokens = sample(logits.astype(np.float32), inputs, tables, slots)
     assert tokens.tolist() == [2, 0, 1]
 
 
@@ -267,6 +275,21 @@ def test_the_only_allowed_token_is_taken(options: dict[str, Any]) -> None:
     bias[np.arange(8), allowed] = 0
     inputs = same_for_all(8, **options, top_k=7, min_p=0.5, uses_table=1)
     np.testing.assert_array_equal(draw_tokens(logits, inputs, bias=bias), allowed)
+
+
+def test_a_mask_allows_what_its_bits_say_in_the_rows_that_have_one() -> None:
+    rng = np.random.default_rng(6)
+    logits = rng.normal(size=(16, 300)) * 5
+    is_allowed = rng.random((16, 300)) < 0.05
+    is_allowed[:, 299] = True
+    has_mask = np.arange(16) % 3 > 0
+    rows = [{"temperature": i % 2, "is_constrained": int(c)} for i, c in enumerate(has_mask)]
+    rows[0]["temperature"] = rows[3]["temperature"] = 0  # to be compared
+    tokens = draw_tokens(logits, inputs_of(rows), masks=mask_of(is_allowed))
+    assert is_allowed[np.arange(16), tokens][has_mask].all()
+    best = np.where(is_allowed | ~has_mask[:, None], logits, -np.inf).argmax(axis=-1)
+    greedy = np.asarray([not row["temperature"] for row in rows])
+    np.testing.assert_array_equal(tokens[greedy], best[greedy])
 
 
 def test_a_penalty_that_overflows_leaves_the_best_token() -> None:

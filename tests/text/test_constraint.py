@@ -11,6 +11,7 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
+from masks import allowed
 
 from jaxllm.structured_outputs import FormError, StructuredOutputsParams
 from jaxllm.text.constraint import ConstraintMaker
@@ -60,7 +61,7 @@ def random_answer(tokenizer: Tokenizer, constraint: Any, seed: int) -> str:
     draw = random.Random(seed)
     token_ids: list[int] = []
     for _ in range(MAX_STEPS):
-        token_id = draw.choice(np.flatnonzero(constraint.allowed).tolist())
+        token_id = draw.choice(np.flatnonzero(allowed(constraint.mask)).tolist())
         if token_id == tokenizer.eos_token_id:
             break
         token_ids.append(token_id)
@@ -105,7 +106,7 @@ def test_every_walk_through_a_form_has_it(
 def test_a_json_object_is_any_of_them(byte_level: Tokenizer) -> None:
     constraint = maker(byte_level).constraint(Params(json_object=True), None)
     for token_id in byte_level.encode('{"a": [1, {"b": null}]}', add_special_tokens=False):
-        assert constraint.allowed[token_id]
+        assert allowed(constraint.mask)[token_id]
         constraint.accept(token_id)
     assert constraint.is_complete
 
@@ -114,16 +115,16 @@ def test_space_between_the_parts_of_json_is_bounded(byte_level: Tokenizer) -> No
     constraint = maker(byte_level).constraint(Params(json=PERSON), None)
     for token_id in byte_level.encode("{ ", add_special_tokens=False):
         constraint.accept(token_id)
-    allowed = {byte_level.token_string(i) for i in np.flatnonzero(constraint.allowed)}
-    assert allowed
-    assert not any(text.startswith((" ", "\n")) for text in allowed)
+    texts = {byte_level.token_string(i) for i in np.flatnonzero(allowed(constraint.mask))}
+    assert texts
+    assert not any(text.startswith((" ", "\n")) for text in texts)
 
 
 def test_tokens_beyond_the_tokenizer_are_never_allowed(byte_level: Tokenizer) -> None:
     constraint = maker(byte_level, extra=70).constraint(Params(regex="(.|\n)*"), None)
-    assert constraint.allowed.shape == (byte_level.vocab_size + 70,)
-    assert constraint.allowed[: byte_level.vocab_size].any()
-    assert not constraint.allowed[byte_level.vocab_size :].any()
+    assert constraint.mask.shape == (-(-(byte_level.vocab_size + 70) // 32),)
+    assert allowed(constraint.mask)[: byte_level.vocab_size].any()
+    assert not allowed(constraint.mask)[byte_level.vocab_size :].any()
 
 
 def test_a_copy_goes_its_own_way(byte_level: Tokenizer) -> None:
@@ -132,9 +133,9 @@ def test_a_copy_goes_its_own_way(byte_level: Tokenizer) -> None:
     second = first.copy()
     [a], [c] = byte_level.encode("a"), byte_level.encode("c")
     first.accept(a)
-    assert not first.allowed[c]
-    assert second.allowed[c]
-    assert constraints.constraint(Params(choice=["ab", "cd"]), None).allowed[c]
+    assert not allowed(first.mask)[c]
+    assert allowed(second.mask)[c]
+    assert allowed(constraints.constraint(Params(choice=["ab", "cd"]), None).mask)[c]
 
 
 def test_a_token_that_is_not_allowed_is_an_error(byte_level: Tokenizer) -> None:
@@ -198,15 +199,15 @@ def test_a_form_begins_after_reasoning_that_the_prompt_opened(byte_level: Tokeni
     params = Params(choice=["yes"], after_reasoning=True)
     constraint = constraints.constraint(params, "Question?<think>\n").copy()
     for token_id in byte_level.encode("no, no </thin no </think>", add_special_tokens=False):
-        assert constraint.allowed.all()
+        assert allowed(constraint.mask).all()
         constraint.accept(token_id)
     assert not constraint.is_complete
-    assert not constraint.allowed[byte_level.encode("n")].any()
+    assert not allowed(constraint.mask)[byte_level.encode("n")].any()
     for token_id in byte_level.encode("yes", add_special_tokens=False):
         constraint.accept(token_id)
     assert constraint.is_complete
     for prompt in (None, "Question?", "<think></think>"):
-        assert not constraints.constraint(params, prompt).allowed.all()
+        assert not allowed(constraints.constraint(params, prompt).mask).all()
 
 
 @pytest.mark.parametrize("single_call", [True, False])
@@ -236,4 +237,4 @@ def test_tags_that_are_special_tokens_are_forced_as_such(byte_level: Tokenizer) 
     end = byte_level.special_token_texts()["<|begin|>"]
     grammar = forced_calls("mistral", TOOLS, {"[TOOL_CALLS]": end}, single_call=True)
     constraint = maker(byte_level).constraint(Params(grammar=grammar), None)
-    assert np.flatnonzero(constraint.allowed).tolist() == [end]
+    assert np.flatnonzero(allowed(constraint.mask)).tolist() == [end]
