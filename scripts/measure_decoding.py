@@ -145,10 +145,8 @@ def beams(model: str, dtype: str, turns: int) -> Figures:
         own.append(in_own_process("own_beams", model, dtype))
         theirs.append(in_own_process("their_beams", model, dtype))
     ours, others = own[-1]["tokens"], theirs[-1]["tokens"]
-    num_equal = next(
-        (i for i, pair in enumerate(zip(ours, others, strict=False)) if pair[0] != pair[1]),
-        len(ours),
-    )
+    is_equal = [a == b for a, b in zip(ours, others, strict=False)]
+    num_equal = is_equal.index(False) if False in is_equal else len(is_equal)
     ratios = [b["seconds"] / a["seconds"] for a, b in zip(own, theirs, strict=True)]
     return {
         "seconds": statistics.median(each["seconds"] for each in own),
