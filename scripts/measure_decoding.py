@@ -138,17 +138,15 @@ def their_beams(model: str, cache_dir: str, dtype: str) -> Figures:
 # ---- in the process that measures
 
 
-def beams(model: str, dtype: str, turns: int) -> Figures:
+def beams(model: str, cache_dir: str, dtype: str, turns: int) -> Figures:
     """Both in turns, a process each time."""
     own, theirs = [], []
     for _ in range(turns):
-        own.append(in_own_process("own_beams", model, dtype))
-        theirs.append(in_own_process("their_beams", model, dtype))
+        own.append(in_own_process("own_beams", model, cache_dir, dtype))
+        theirs.append(in_own_process("their_beams", model, cache_dir, dtype))
     ours, others = own[-1]["tokens"], theirs[-1]["tokens"]
-    num_equal = next(
-        (i for i, pair in enumerate(zip(ours, others, strict=False)) if pair[0] != pair[1]),
-        len(ours),
-    )
+    is_equal = [a == b for a, b in zip(ours, others, strict=False)]
+    num_equal = is_equal.index(False) if False in is_equal else len(is_equal)
     ratios = [b["seconds"] / a["seconds"] for a, b in zip(own, theirs, strict=True)]
     return {
         "seconds": statistics.median(each["seconds"] for each in own),
@@ -159,13 +157,12 @@ def beams(model: str, dtype: str, turns: int) -> Figures:
     }
 
 
-def in_own_process(name: str, model: str, dtype: str) -> Figures:
+def in_own_process(name: str, model: str, cache_dir: str, dtype: str) -> Figures:
     environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())}
-    with cache_with_models() as cache_dir:
-        words = ["--child", name, "--model", model, "--dtype", dtype, "--cache-dir", cache_dir]
-        result = subprocess.run(
-            [sys.executable, __file__, *words], stdout=subprocess.PIPE, check=True, env=environment
-        )
+    words = ["--child", name, "--model", model, "--dtype", dtype, "--cache-dir", cache_dir]
+    result = subprocess.run(
+        [sys.executable, __file__, *words], stdout=subprocess.PIPE, check=True, env=environment
+    )
     figures: Figures = json.loads(result.stdout.splitlines()[-1])
     return figures
 
@@ -194,11 +191,12 @@ def main() -> None:
     if unknown := set(args.figures) - {"answers", "beams"}:
         parser.error(f"unknown figures {', '.join(sorted(unknown))}")
     results: dict[str, Figures] = {"machine": machine()}
-    for name in args.figures or ["answers", "beams"]:
-        if name == "answers":
-            results[name] = in_own_process(name, args.model, args.dtype)
-        else:
-            results[name] = beams(args.model, args.dtype, args.turns)
+    with cache_with_models() as cache_dir:
+        for name in args.figures or ["answers", "beams"]:
+            if name == "answers":
+                results[name] = in_own_process(name, args.model, cache_dir, args.dtype)
+            else:
+                results[name] = beams(args.model, cache_dir, args.dtype, args.turns)
     report(results, args.json)
 
 

@@ -27,7 +27,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 MODES: list[dict[str, Any]] = [
     {"overlap": False, "enable_prefix_caching": False},
     {"overlap": True},
-    {"overlap": True, "max_steps_per_dispatch": 4, "enable_prefix_caching": False},
+    {"overlap": True, "max_steps_per_dispatch": 4, "kv_cache_memory_bytes": 24 * 8192},
 ]
 
 

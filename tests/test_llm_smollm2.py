@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from torch_reference import TorchModel, assert_greedy
+from torch_reference import TorchModel, assert_beams, assert_greedy
 
-from jaxllm import LLM, SamplingParams
+from jaxllm import LLM, BeamSearchParams, SamplingParams
 from jaxllm.config import ModelConfig
 from jaxllm.engine.engine import Engine
 from jaxllm.loading.gguf_source import GGUFFile
@@ -164,6 +164,27 @@ class TestFloat32EqualsTransformers:
         set_limits(self.llm, num_blocks=20)
         self.check(generate(self.llm, self.prompts, GREEDY))
         assert self.llm.engine.stats().num_preemptions > 0
+
+
+@pytest.mark.parametrize("early_stopping", [True, False, "never"])
+def test_beam_search_is_that_of_transformers(
+    float32: LLM, reference: TorchModel, prompts: list[list[int]], early_stopping: bool | str
+) -> None:
+    set_limits(float32)
+    search = BeamSearchParams(
+        beam_width=4, max_tokens=24, length_penalty=1.2, early_stopping=early_stopping
+    )
+    chosen = [prompts[0], prompts[4]]
+    [eos] = float32.engine.eos_token_ids
+    for prompt, output in zip(chosen, float32.beam_search(chosen, search), strict=True):
+        expected = reference.beam_search(
+            prompt, 24, [eos], num_beams=4, length_penalty=1.2, early_stopping=early_stopping
+        )
+        scored = [
+            (answer.token_ids, (answer.cumulative_logprob or 0) / len(answer.token_ids) ** 1.2)
+            for answer in output.outputs
+        ]
+        assert_beams(scored, expected)
 
 
 def answer_rows(model: TorchModel, prompt: list[int], answer: list[int]) -> np.ndarray:

@@ -104,3 +104,19 @@ def assert_greedy(
             margin = float(row[wanted] - row[token])
             assert margin < NEAR_TIE, f"token {position}: {token} for {wanted}, {margin:.6f} below"
             return
+
+
+def assert_beams(
+    found: Sequence[tuple[list[int], float]], expected: Sequence[tuple[list[int], float]]
+) -> None:
+    """The same answers, given with their scores; those whose scores are nearly equal in any order,
+    and the last ones may be others that are as good."""
+    assert len(found) == len(expected)
+    np.testing.assert_allclose(
+        [score for _, score in found], [score for _, score in expected], rtol=2e-4, atol=NEAR_TIE
+    )
+    worst = expected[-1][1]
+    for tokens, score in found:
+        margin = NEAR_TIE * (1 + abs(score))
+        near = [other for other, value in expected if abs(value - score) < margin]
+        assert tokens in near or abs(score - worst) < margin

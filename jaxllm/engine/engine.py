@@ -13,12 +13,11 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jaxllm.config import EngineConfig
 from jaxllm.engine.batch import uses_table
-from jaxllm.engine.beam_search import NOTHING
+from jaxllm.engine.beam_search import NOTHING, Hypothesis
 from jaxllm.engine.intake import Intake
 from jaxllm.engine.request import QueueFullError, Request
 from jaxllm.engine.request_state import RequestState, SequenceState, take_prompt_logprobs
@@ -35,6 +34,7 @@ from jaxllm.engine.sequence import (
 from jaxllm.engine.snapshot import EngineSnapshot, take_snapshot
 from jaxllm.engine.stats import EngineStats, StepMeter
 from jaxllm.engine.timeline import Timeline
+from jaxllm.engine.under_way import FailedStep, StepUnderWay
 from jaxllm.outputs import RequestOutput
 from jaxllm.request_error import RequestError
 
@@ -44,26 +44,6 @@ if TYPE_CHECKING:
 __all__ = ["Engine", "EngineSnapshot", "EngineStats", "QueueFullError", "Request"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _StepUnderWay:
-    """A dispatched step. needs_host: the next one must not be packed before its result is known."""
-
-    batch: Batch
-    handle: StepHandle
-    dispatch_time: float
-    needs_host: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _FailedStep:
-    """Stands for a step that could not be dispatched, until those before it are done."""
-
-    error: Exception
-
-    def result(self) -> StepResult:
-        raise self.error
 
 
 class Engine:
@@ -100,7 +80,7 @@ class Engine:
         self._requests: dict[str, RequestState] = {}
         self._states: dict[int, SequenceState] = {}  # by sequence_id, unfinished ones
         self._pending: list[RequestOutput] = []  # what the next step returns
-        self._under_way: deque[_StepUnderWay] = deque()  # between two calls of step() at most one
+        self._under_way: deque[StepUnderWay] = deque()  # between two calls of step() at most one
         self._intake = Intake(config, self.eos_token_ids, tokenizer)
 
     def check(self, request: Request) -> list[int]:
@@ -136,9 +116,8 @@ class Engine:
             )
         state = self._intake.state_of(request, prompt_token_ids)
         self._requests[request.request_id] = state
-        sequences = [sequence_state.sequence for sequence_state in state.sequences]
         self._states.update((s.sequence.sequence_id, s) for s in state.sequences)
-        self.scheduler.add(*sequences)
+        self.scheduler.add(*(s.sequence for s in state.sequences))
 
     def abort(self, request_id: str) -> None:
         """Ends a request at once; the next step returns its final output. An unknown or finished
@@ -182,7 +161,7 @@ class Engine:
         try:
             handle: StepHandle = self.runner.execute(batch)
         except Exception as error:  # the step before it, if there is one, is not to blame
-            handle, needs_host = _FailedStep(error), True
+            handle, needs_host = FailedStep(error), True
         else:
             for sequence, _, _, samples, _ in batch.sequences:
                 if samples and sequence.num_candidates:
@@ -192,9 +171,9 @@ class Engine:
                     if sequence.constraint is not None:
                         needs_host = True
         self.meter.dispatched(now, is_device_idle=not self._under_way)
-        self._under_way.append(_StepUnderWay(batch, handle, now, needs_host))
+        self._under_way.append(StepUnderWay(batch, handle, now, needs_host))
 
-    def _take_result(self, step: _StepUnderWay) -> None:
+    def _take_result(self, step: StepUnderWay) -> None:
         """Waits for a step and takes in what it yielded."""
         waited = time.monotonic()
         try:
@@ -244,7 +223,7 @@ class Engine:
         self.scheduler.restart(state.sequence for state in self._states.values())
         self.runner.reset()
 
-    def _postprocess(self, step: _StepUnderWay, result: StepResult) -> None:
+    def _postprocess(self, step: StepUnderWay, result: StepResult) -> None:
         """Takes the step's tokens, ends what has to end, and makes the outputs. Rows of sequences
         that ended, or began anew, since the step was scheduled are passed over."""
         if result.prompt_logprobs is not None:
@@ -317,18 +296,16 @@ class Engine:
             return
         search, leader = request.search, request.sequences[0].sequence
         assert search is not None
+        found: list[Hypothesis] = []
         if reason is None:
             found = search.best()
-        elif leader.num_output_tokens:
+        elif reason != "error" and leader.num_output_tokens:  # else it has not begun, or not again
             found = search.best([beam.output_token_ids for beam in leader.unit])
-        else:  # it has not begun, or was to begin again
-            found = []
         self.scheduler.end_search(leader)
         for state in request.sequences:
             hypothesis = found.pop(0) if found else NOTHING
             state.take_hypothesis(hypothesis)
-            ended = None if reason == "error" else hypothesis.finish_reason
-            self._end(state, ended or reason or "length")
+            self._end(state, hypothesis.finish_reason or reason or "length")
 
     def _take_row(
         self, state: SequenceState, row: int, token_ids: list[int], samples: int, result: StepResult

@@ -26,15 +26,16 @@ class BestAnswerFields(StrictModel):
     length_penalty: float | None = Field(None, ge=-10, le=10)
     early_stopping: bool | Literal["never"] | None = None
 
-    def check_best(self, stream: bool | None) -> None:
+    def check_best(self, stream: bool | None, n: int | None) -> None:
         """Raises ApiError for what does not go together."""
         if not self.use_beam_search:
             for name in ("length_penalty", "early_stopping"):
                 if getattr(self, name) is not None:
                     raise ApiError(400, f"{name} needs use_beam_search = true", param=name)
-        for name in ("use_beam_search", "best_of"):
-            if stream and getattr(self, name) not in (None, False, 1):
-                raise ApiError(400, f"{name} cannot be combined with stream", param=name)
+        if stream and self.use_beam_search:
+            raise ApiError(400, "beam search cannot be streamed", param="use_beam_search")
+        if stream and (self.best_of or 1) > (n or 1):
+            raise ApiError(400, "best_of above n cannot be streamed", param="best_of")
 
 
 def search_params(

@@ -166,7 +166,7 @@ def _check_combinations(body: ChatRequest) -> None:
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs = true", param="top_logprobs")
     body.check_stream()
-    body.check_best(body.stream)
+    body.check_best(body.stream, body.n)
     if body.parallel_tool_calls is not None and not body.tools:
         raise ApiError(400, "parallel_tool_calls needs tools", param="parallel_tool_calls")
     lengths = {body.max_tokens, body.max_completion_tokens} - {None}

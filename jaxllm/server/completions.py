@@ -115,7 +115,7 @@ def _check_combinations(body: CompletionRequest, num_prompts: int) -> None:
     if not num_prompts:
         raise ApiError(400, "prompt must not be empty", param="prompt")
     body.check_stream()
-    body.check_best(body.stream)
+    body.check_best(body.stream, body.n)
     if body.stream and body.echo and body.logprobs is not None:
         raise ApiError(400, "logprobs of an echoed prompt cannot be streamed", param="logprobs")
     if body.echo and body.logprobs is not None and body.prompt_logprobs is not None:
