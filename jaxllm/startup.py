@@ -167,7 +167,7 @@ def start_engine(model_name: str, options: EngineOptions) -> RunningEngine:
         max_steps=runner.max_steps,
         timeline=timeline,
     )
-    plan = _memory_plan(model, config, runner)
+    plan = _memory_plan(model, config, runner, options.attention)
     logger.info("%s on %s: memory %s", model_name, device.device_kind, plan)
     logger.info(
         "ready in %.1f s: files %.1f, weights %.1f, programs %.1f (%d of %d ready); the process "
@@ -252,7 +252,9 @@ def _load(checkpoint: _Checkpoint, model: Model, device: jax.Device) -> dict[str
     return load_parameters(checkpoint.config, abstract, checkpoint.source, put=put)
 
 
-def _memory_plan(model: Model, config: EngineConfig, runner: ModelRunner) -> MemoryPlan:
+def _memory_plan(
+    model: Model, config: EngineConfig, runner: ModelRunner, attention: str | None
+) -> MemoryPlan:
     """What the engine will use. Where host and device share memory, the process is what it holds
     now beyond the arrays, and what compilation still to come may add."""
     parameters = _num_bytes(model.stored_parameters())
@@ -260,7 +262,7 @@ def _memory_plan(model: Model, config: EngineConfig, runner: ModelRunner) -> Mem
     state = _table_bytes(model.config, config.max_num_seqs)
     process = 0
     if runner.device.platform == "cpu":
-        stored = kv_cache.pool_dtype(model.dtype, runner.device.platform)
+        stored = kv_cache.pool_dtype(model.dtype, runner.device.platform, attention)
         present = parameters + state + (0 if kv_cache.grows_with_use(stored) else pool)
         process = max(0, memory.process_bytes() - present)
         process += runner.program_bytes_to_come()

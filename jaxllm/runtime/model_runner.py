@@ -169,7 +169,7 @@ class ModelRunner:
         config = self.config
         pool = kv_cache.abstract_pool(
             self.model.config, config.num_blocks, config.block_size, self.model.dtype,
-            self.device.platform,
+            self.device.platform, self._options.attention,
         )  # fmt: skip
         tables = abstract_tables(self.model.config, config.max_num_seqs)
         zeros = (jnp.zeros(table.shape, table.dtype) for table in tables)

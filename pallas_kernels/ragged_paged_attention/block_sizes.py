@@ -11,8 +11,8 @@ TUNED = Path(__file__).parent / "tuned"
 ITEM_BYTES = 2 << 20  # of one fetch: long enough to hide the latency of the next
 DECODE_ROWS = 4096  # of the pool times heads, in one stretch of code without a loop
 PREFILL_ROWS = 512  # query rows of a key head
-PREFILL_UNIT_ROWS = 256
-PREFILL_COLUMNS = 512
+PREFILL_UNIT_ROWS = 128
+PREFILL_COLUMNS = 256
 FEW_TOKENS = 8  # of a tile for sequences with a few new tokens
 
 

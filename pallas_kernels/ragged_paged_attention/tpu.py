@@ -27,33 +27,11 @@ from pallas_kernels.ragged_paged_attention.tpu_kernel import (
     QueryTile,
     kernel,
 )
-from pallas_kernels.ragged_paged_attention.tpu_layout import (
-    is_physical,
-    pool_layout,
-    values_of,
-    words_of,
-)
+from pallas_kernels.ragged_paged_attention.tpu_layout import pool_layout, values_of, words_of
 
-POOL_DTYPES = ("float32", "bfloat16", "int8", "float8_e4m3fn", "float8_e5m2")
 LOG2_E = math.log2(math.e)
 SEGMENT_BYTES = 4 << 20  # of VMEM for blocks on their way through a write
 VMEM_RESERVE = 8 << 20  # for what the compiler puts there beside the scratch
-
-
-def unsupported(q: jax.Array, k: jax.Array, kv_pool: jax.Array) -> str | None:
-    """Why the kernel cannot take a case, or None if it can."""
-    head_dim, num_kv_heads = q.shape[2], k.shape[1]
-    if q.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"queries must be float32 or bfloat16, got {q.dtype}"
-    if kv_pool.dtype.name not in POOL_DTYPES:
-        return f"the pool must be one of {', '.join(POOL_DTYPES)}, got {kv_pool.dtype}"
-    if not is_physical(kv_pool.shape, num_kv_heads, head_dim):
-        lanes = pool_layout(head_dim).lanes
-        return (
-            f"the pool {kv_pool.shape} is not [L, N, {num_kv_heads}, B / R, {lanes}], "
-            f"see tpu_layout.to_physical"
-        )
-    return None
 
 
 def ragged_paged_attention(
@@ -77,14 +55,14 @@ def ragged_paged_attention(
     sizes: BlockSizes | None = None,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Every case that api.py describes and `unsupported` allows. sizes: None for those of
+    """Every case that api.py describes and tpu_layout.unsupported allows. sizes: None for those of
     block_sizes.py."""
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
     problem, tiles = _plan(q, k, kv_pool, block_tables, window, soft_cap, max_query_len, sizes)
     segment_tokens = problem.segment_rows * problem.layout.fold
     rows = token_rows(num_tokens, seq_lens, query_start, distribution)
-    new = _spread_tokens(problem, new_elements(k, v, k_scale, v_scale, kv_pool.dtype), rows.position)
+    new = _token_words(problem, new_elements(k, v, k_scale, v_scale, kv_pool.dtype))
     new = jnp.pad(new, ((segment_tokens, segment_tokens), (0, 0), (0, 0)))
     segments, num_segments = write_segments(
         num_tokens, seq_lens, block_tables, query_start, distribution,
@@ -179,16 +157,13 @@ def _device_kind() -> str:
         return ""
 
 
-def _spread_tokens(p: Problem, elements: jax.Array, position: jax.Array) -> jax.Array:
-    """New keys and values [T, K, 2, D] as bits in words, each token in its lanes of a row of the
-    pool: [T, K, W] int32."""
+def _token_words(p: Problem, elements: jax.Array) -> jax.Array:
+    """New keys and values [T, K, 2, D] as bits in words, in the lanes of every stream of a row of
+    the pool: [T, K, W] int32."""
     bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[elements.dtype.itemsize]
     words = jax.lax.bitcast_convert_type(elements, bits).astype(jnp.uint32)
     words = jax.lax.bitcast_convert_type(words, jnp.int32)
-    fold = p.layout.fold
-    stream = jnp.arange(fold) == (position % fold)[:, None]  # [T, R]
-    spread = jnp.where(stream[:, None, None, :, None], words[:, :, :, None, :], 0)
-    return spread.reshape(*words.shape[:2], p.layout.lanes)
+    return jnp.tile(words, (1, 1, 1, p.layout.fold)).reshape(*words.shape[:2], p.layout.lanes)
 
 
 def _query_words(p: Problem, q: jax.Array, padding: int) -> jax.Array:
@@ -336,7 +311,7 @@ def _call(
         compiler_params=pltpu.CompilerParams(
             vmem_limit_bytes=_vmem_bytes(scratch) + VMEM_RESERVE, disable_bounds_checks=True
         ),
-        interpret=interpret,
+        interpret=pltpu.InterpretParams() if interpret is True else interpret,
         name="ragged_paged_attention",
     )(*prefetched, *inputs)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -88,8 +88,7 @@ class Problem:
     def num_rows(self, num_tokens: int) -> int:
         """Rows of a key head for a tile of queries, streams outermost, whole sublanes of 32 bits."""
         rows = self.layout.fold * self.group_words * num_tokens * self.rows_of_word
-        whole = SUBLANES
-        return -(-rows // whole) * whole
+        return -(-rows // SUBLANES) * SUBLANES
 
 
 class Refs(NamedTuple):
@@ -116,7 +115,7 @@ class Refs(NamedTuple):
     q_stage: Any  # VMEM [slots, tokens, R * K * words, key width] int32
     q_rows: Any  # VMEM [K, word rows, key width] int32
     maxima: Any  # VMEM [K, rows, 128] float32
-    sums: Any  # VMEM [K, rows, 128] float32
+    sums: Any  # VMEM [K, rows, 128] float32, to be added up
     acc: Any  # VMEM [K, rows, value width] float32
     out_stage: Any  # VMEM [2, tokens, K * words, value width] int32
     out_tokens: Any  # SMEM [2]: of the copies that run
@@ -227,32 +226,38 @@ def _merge(refs: Refs, p: Problem, i: Scalar, slot: Scalar, num_tokens: int) -> 
 
 
 def _packed_tokens(refs: Refs, p: Problem, slot: Scalar, h: Scalar) -> jax.Array:
-    """The new tokens of a segment as the pool holds them, in words: [segment rows / P, W].
+    """The tokens of a segment as the pool holds them, in words: [segment rows / P, W].
 
-    Each token has its lanes of a row, the others are zero; those that are not the segment's are
-    masked by the caller.
+    Tokens come with their keys and values in the lanes of every stream.
     """
     fold, packed = p.layout.fold, p.tokens_of_word
-    bits = 32 // packed
-    words = None
+    stream = _stream_of_lane(p, (1, p.layout.lanes))
+    words = []
     for row in range(packed):
-        for stream in range(fold):
-            tokens = pl.ds(
-                row * fold + stream, p.segment_rows // packed, packed * fold
-            )
-            part = refs.fresh[slot, tokens, h] << (bits * row)
-            words = part if words is None else words | part
-    assert words is not None
-    return words
+        streams = []
+        for r in range(fold):
+            tokens = range(row * fold + r, p.segment_rows * fold, packed * fold)
+            streams.append(jnp.concatenate([refs.fresh[slot, pl.ds(t, 1), h] for t in tokens]))
+        merged = streams[0]
+        for r in range(1, fold):
+            merged = jnp.where(stream == r, streams[r], merged)
+        field = (1 << (32 // packed)) - 1 if packed > 1 else -1
+        words.append((merged & field) << (32 // packed * row))
+    return reduce(jnp.bitwise_or, words)
+
+
+def _stream_of_lane(p: Problem, shape: tuple[int, int]) -> jax.Array:
+    """Whose key or value a lane of a row holds: int32 in that shape [.., W]."""
+    stream = lax.broadcasted_iota(jnp.int32, shape, 1) // p.layout.head_dim
+    return jnp.where(stream >= p.layout.fold, stream - p.layout.fold, stream)
 
 
 def _token_mask(p: Problem, num_rows: int, start: Scalar, stop: Scalar) -> jax.Array:
     """Bits of the words of rows 0 to num_rows that hold tokens start to stop: [rows / P, W]."""
-    packed, fold, head_dim = p.tokens_of_word, p.layout.fold, p.layout.head_dim
+    packed, fold = p.tokens_of_word, p.layout.fold
     shape = (num_rows // packed, p.layout.lanes)
     row = lax.broadcasted_iota(jnp.int32, shape, 0) * packed
-    stream = lax.broadcasted_iota(jnp.int32, shape, 1) // head_dim
-    stream = jnp.where(stream >= fold, stream - fold, stream)
+    stream = _stream_of_lane(p, shape)
     mask = jnp.zeros(shape, jnp.int32)
     bits = 32 // packed
     for j in range(packed):
@@ -418,16 +423,25 @@ def _compute(refs: Refs, p: Problem, tile: QueryTile, item: Scalar) -> None:
     num_rows = p.num_rows(tile.num_tokens)
     num_row_units, num_head_units = num_rows // tile.unit_rows, p.num_kv_heads // tile.unit_heads
 
-    def part(index: Scalar, _: None) -> None:
+    def attend_part(index: Scalar, *, masked: bool) -> None:
         def unit(u: Scalar, _: None) -> None:
             head = u // num_row_units * tile.unit_heads
             row = u % num_row_units * tile.unit_rows
-            _attend_unit(refs, p, tile, plan, slot, index * tile.compute_blocks, head, row)
+            block = index * tile.compute_blocks
+            _attend_unit(refs, p, tile, plan, slot, block, head, row, masked=masked)
 
         if num_row_units * num_head_units == 1:
-            _attend_unit(refs, p, tile, plan, slot, index * tile.compute_blocks, 0, 0)
+            unit(0, None)
         else:
             lax.fori_loop(0, num_row_units * num_head_units, unit, None)
+
+    def part(index: Scalar, _: None) -> None:
+        if tile.num_tokens == 1:
+            attend_part(index, masked=True)  # which costs few rows little
+            return
+        all_visible = _all_visible(refs, p, tile, plan, index * tile.compute_blocks)
+        pl.when(all_visible)(partial(attend_part, index, masked=False))
+        pl.when(jnp.logical_not(all_visible))(partial(attend_part, index, masked=True))
 
     if tile.compute_blocks == p.fetch_blocks:
         part(0, None)
@@ -447,18 +461,11 @@ def _begin(refs: Refs, p: Problem, tile: QueryTile, slot: Scalar) -> None:
     word_rows = num_rows // p.rows_of_word
 
     def head(h: Scalar, _: None) -> None:
-        for r in range(streams):
-            if tile.num_tokens == 1:
-                start = (h * streams + r) * words
-                refs.q_rows[h, r * words : (r + 1) * words] = refs.q_stage[
-                    slot, 0, pl.ds(start, words)
-                ]
-                continue
-            for j in range(words):
-                rows = pl.ds((r * words + j) * tile.num_tokens, tile.num_tokens)
-                refs.q_rows[h, rows] = refs.q_stage[
-                    slot, pl.ds(0, tile.num_tokens), (h * streams + r) * words + j
-                ]
+        for part in range(streams * words):
+            rows = pl.ds(part * tile.num_tokens, tile.num_tokens)
+            refs.q_rows[h, rows] = refs.q_stage[
+                slot, pl.ds(0, tile.num_tokens), h * streams * words + part
+            ]
         used = streams * words * tile.num_tokens
         if used < word_rows:
             refs.q_rows[h, used:word_rows] = jnp.zeros(
@@ -486,7 +493,8 @@ def _begin_with_sinks(refs: Refs, p: Problem, tile: QueryTile, h: Scalar) -> Non
         sinks = jnp.where(member == g, refs.sinks[h, g], sinks)
     of_stream = p.group_words * words
     refs.maxima[h, : shape[0]] = sinks
-    refs.sums[h, : shape[0]] = jnp.where(member < of_stream, 1.0, 0.0)
+    lane = lax.broadcasted_iota(jnp.int32, shape, 1)
+    refs.sums[h, : shape[0]] = jnp.where((member < of_stream) & (lane == 0), 1.0, 0.0)
 
 
 def _clear_unused(refs: Refs, p: Problem, tile: QueryTile, plan: Scalar, slot: Scalar) -> None:
@@ -514,7 +522,7 @@ def _clear_unused(refs: Refs, p: Problem, tile: QueryTile, plan: Scalar, slot: S
 
 def _attend_unit(
     refs: Refs, p: Problem, tile: QueryTile, plan: Scalar, slot: Scalar,
-    block: Scalar, first_head: Scalar, row: Scalar,
+    block: Scalar, first_head: Scalar, row: Scalar, *, masked: bool,
 ) -> None:  # fmt: skip
     """unit_rows rows of unit_heads heads against compute_blocks blocks from `block` on.
 
@@ -523,11 +531,12 @@ def _attend_unit(
     heads = [first_head + i for i in range(tile.unit_heads)]
     blocks = pl.ds(block, tile.compute_blocks)
     rows = pl.ds(pl.multiple_of(row, SUBLANES), tile.unit_rows)
-    visible = _visible(refs, p, tile, plan, block, row)  # [rows, columns]
+    words = tile.unit_rows // p.rows_of_word
+    word_row = row if isinstance(row, int) else row // tile.unit_rows * words
+    word_rows = pl.ds(pl.multiple_of(word_row, math.gcd(words, SUBLANES)), words)
+    visible = _visible(refs, p, tile, plan, block, row) if masked else None  # [rows, columns]
     precision = lax.Precision.HIGHEST if p.compute_dtype == jnp.float32 else None
-    product = partial(
-        lax.dot_general, precision=precision, preferred_element_type=jnp.float32
-    )
+    product = partial(lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
 
     def stored(h: Scalar, lanes: slice) -> jax.Array:
         values = refs.kv[slot, blocks, h, :, lanes]  # [blocks, B / R, lanes]
@@ -535,27 +544,43 @@ def _attend_unit(
 
     logits = []
     for h in heads:
-        word_rows = pl.ds(row // p.rows_of_word, tile.unit_rows // p.rows_of_word)
         q = pltpu.bitcast(refs.q_rows[h, word_rows], p.compute_dtype)  # [rows, key lanes]
         x = product(q, stored(h, p.layout.key_lanes), (((1,), (1,)), ((), ())))
         if p.soft_cap is not None:
             x = jnp.tanh(x * refs.scales[0, h])
-        logits.append(jnp.where(visible, x, MASKED))
+        logits.append(x if visible is None else jnp.where(visible, x, MASKED))
 
     weights = []
     for h, x in zip(heads, logits, strict=True):
         scale = refs.scales[1, h]
-        old_max = refs.maxima[h, rows]  # [rows, 128]
+        old_max = refs.maxima[h, rows]  # [rows, 128], all lanes the same
         new_max = jnp.maximum(old_max, jnp.max(x, axis=1, keepdims=True))
-        weight = jnp.exp2((x - new_max[:, :1]) * scale)
+        weight = jnp.exp2((x - _repeated(new_max, x.shape[1])) * scale)
         kept = jnp.exp2((old_max - new_max) * scale)
         refs.maxima[h, rows] = new_max
-        refs.sums[h, rows] = kept * refs.sums[h, rows] + jnp.sum(weight, axis=1, keepdims=True)
-        weights.append((weight.astype(p.compute_dtype), kept[:, :1]))
+        refs.sums[h, rows] = kept * refs.sums[h, rows] + _folded(weight)
+        weights.append((weight.astype(p.compute_dtype), kept))
 
     for h, (weight, kept) in zip(heads, weights, strict=True):
         update = product(weight, stored(h, p.layout.value_lanes), (((1,), (0,)), ((), ())))
-        refs.acc[h, rows] = kept * refs.acc[h, rows] + update
+        refs.acc[h, rows] = _repeated(kept, p.value_width) * refs.acc[h, rows] + update
+
+
+def _repeated(x: jax.Array, width: int) -> jax.Array:
+    """[rows, 128] whose lanes are all the same as [rows, width]; nothing is moved."""
+    if width < LANES:
+        return x[:, :width]
+    return jnp.concatenate([x] * (width // LANES), axis=1)
+
+
+def _folded(x: jax.Array) -> jax.Array:
+    """[rows, columns] as sums of every 128th column, [rows, 128]: the lanes are added up last."""
+    if x.shape[1] < LANES:
+        return jnp.pad(x, ((0, 0), (0, LANES - x.shape[1])))
+    total = x[:, :LANES]
+    for start in range(LANES, x.shape[1], LANES):
+        total = total + x[:, start : start + LANES]
+    return total
 
 
 def _visible(
@@ -573,8 +598,22 @@ def _visible(
     start = refs.plans[plan, POSITION] - refs.plans[plan, COLUMN] - block * p.block_size
     visible = ahead <= start
     if p.has_window:
-        window = refs.window[0]
-        visible &= ahead > start - jnp.where(window > 0, window, jnp.iinfo(jnp.int32).max // 2)
+        visible &= ahead > start - _window_or_all(refs)
+    return visible
+
+
+def _window_or_all(refs: Refs) -> jax.Array:
+    return jnp.where(refs.window[0] > 0, refs.window[0], jnp.iinfo(jnp.int32).max // 2)
+
+
+def _all_visible(
+    refs: Refs, p: Problem, tile: QueryTile, plan: Scalar, block: Scalar
+) -> jax.Array:
+    """Whether every query of a tile sees compute_blocks blocks from `block` on in whole."""
+    start = refs.plans[plan, POSITION] - refs.plans[plan, COLUMN] - block * p.block_size
+    visible = tile.compute_blocks * p.block_size <= start + 1
+    if p.has_window:
+        visible &= start + tile.num_tokens - 1 < _window_or_all(refs)
     return visible
 
 
@@ -587,11 +626,6 @@ def _finish(refs: Refs, p: Problem, tile: QueryTile, plan: Scalar) -> None:
         words = pltpu.bitcast(
             _output_of_head(refs, p, tile, h).astype(p.compute_dtype), jnp.int32
         )
-        if tile.num_tokens == 1:
-            refs.out_stage[slot, 0, pl.ds(h * p.group_words, p.group_words)] = words[
-                : p.group_words
-            ]
-            return
         for j in range(p.group_words):
             part = words[j * tile.num_tokens : (j + 1) * tile.num_tokens]
             refs.out_stage[slot, pl.ds(0, tile.num_tokens), h * p.group_words + j] = part
@@ -608,7 +642,7 @@ def _output_of_head(refs: Refs, p: Problem, tile: QueryTile, h: Scalar) -> jax.A
     factor = refs.scales[2, h]
     if fold == 1:
         rows = slice(0, num_rows)
-        return refs.acc[h, rows] * (factor / refs.sums[h, rows][:, :1])
+        return refs.acc[h, rows] * (factor / jnp.sum(refs.sums[h, rows], axis=1, keepdims=True))
     of_stream = p.group_words * p.rows_of_word * tile.num_tokens
     parts = [slice(r * of_stream, (r + 1) * of_stream) for r in range(fold)]
     maxima = [refs.maxima[h, rows][:, :1] for rows in parts]
@@ -616,7 +650,8 @@ def _output_of_head(refs: Refs, p: Problem, tile: QueryTile, h: Scalar) -> jax.A
     for other in maxima[1:]:
         highest = jnp.maximum(highest, other)
     shares = [jnp.exp2((m - highest) * refs.scales[1, h]) for m in maxima]
-    total = sum(s * refs.sums[h, rows][:, :1] for s, rows in zip(shares, parts, strict=True))
+    sums = [jnp.sum(refs.sums[h, rows], axis=1, keepdims=True) for rows in parts]
+    total = sum(share * s for share, s in zip(shares, sums, strict=True))
     start = p.layout.fold * p.layout.head_dim - p.layout.value_lanes.start
     lane = lax.broadcasted_iota(jnp.int32, (1, p.value_width), 1) - start
     stream = jnp.where(lane < 0, -1, lane // p.layout.head_dim)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 LANES = 128
+POOL_DTYPES = ("float32", "bfloat16", "int8", "float8_e4m3fn", "float8_e5m2")
 
 
 class PoolLayout(NamedTuple):
@@ -63,6 +64,22 @@ def is_physical(pool_shape: tuple[int, ...], num_kv_heads: int, head_dim: int) -
     """Whether a pool of that shape has this layout. The last axis tells: it is D in the other."""
     heads_and_lanes = (num_kv_heads, pool_layout(head_dim).lanes)
     return len(pool_shape) == 5 and (pool_shape[2], pool_shape[4]) == heads_and_lanes
+
+
+def unsupported(q: jax.Array, k: jax.Array, kv_pool: jax.Array) -> str | None:
+    """Why the TPU kernel cannot take a case, or None if it can."""
+    head_dim, num_kv_heads = q.shape[2], k.shape[1]
+    if q.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"queries must be float32 or bfloat16, got {q.dtype}"
+    if kv_pool.dtype.name not in POOL_DTYPES:
+        return f"the pool must be one of {', '.join(POOL_DTYPES)}, got {kv_pool.dtype}"
+    if not is_physical(kv_pool.shape, num_kv_heads, head_dim):
+        lanes = pool_layout(head_dim).lanes
+        return (
+            f"the pool {kv_pool.shape} is not [L, N, {num_kv_heads}, B / R, {lanes}], "
+            f"see tpu_layout.to_physical"
+        )
+    return None
 
 
 def to_physical(pool: jax.Array) -> jax.Array:
