@@ -107,7 +107,8 @@ def _plan(
     sizes = sizes or block_sizes(
         num_kv_heads, query_rows, layout.fold, row_bytes, _device_kind()
     )
-    fetch_blocks = max(1, min(sizes.fetch_tokens // block_size, block_tables.shape[1]))
+    longest = 1 << (block_tables.shape[1] - 1).bit_length()
+    fetch_blocks = max(1, min(sizes.fetch_tokens // block_size, longest))
     window_entries = -(-(fetch_blocks + TABLE_ALIGNMENT - 1) // TABLE_ALIGNMENT) * TABLE_ALIGNMENT
     whole = -(-block_tables.shape[1] // TABLE_ALIGNMENT) * TABLE_ALIGNMENT
     segment_rows = min(rows_per_block, SUBLANES * 4 // kv_pool.dtype.itemsize)

@@ -568,19 +568,15 @@ def _attend_unit(
 
 def _repeated(x: jax.Array, width: int) -> jax.Array:
     """[rows, 128] whose lanes are all the same as [rows, width]; nothing is moved."""
-    if width < LANES:
-        return x[:, :width]
-    return jnp.concatenate([x] * (width // LANES), axis=1)
+    return jnp.concatenate([x] * -(-width // LANES), axis=1)[:, :width]
 
 
 def _folded(x: jax.Array) -> jax.Array:
     """[rows, columns] as sums of every 128th column, [rows, 128]: the lanes are added up last."""
-    if x.shape[1] < LANES:
-        return jnp.pad(x, ((0, 0), (0, LANES - x.shape[1])))
-    total = x[:, :LANES]
-    for start in range(LANES, x.shape[1], LANES):
-        total = total + x[:, start : start + LANES]
-    return total
+    missing = -x.shape[1] % LANES
+    if missing:
+        x = jnp.concatenate([x, jnp.zeros((x.shape[0], missing), x.dtype)], axis=1)
+    return sum(x[:, start : start + LANES] for start in range(0, x.shape[1], LANES))  # type: ignore[return-value]
 
 
 def _visible(
