@@ -18,7 +18,6 @@ from pallas_kernels.ragged_paged_attention.tpu_layout import (
 )
 
 
-
 def _tpu(*args: Any, interpret: bool = False, **options: Any) -> tuple[jax.Array, jax.Array]:
     # Imported when used: Pallas takes a quarter of a second, which a start on CPU need not spend.
     from pallas_kernels.ragged_paged_attention import tpu
@@ -118,9 +117,7 @@ def _best(q: jax.Array, k: jax.Array, kv_pool: jax.Array) -> str:
     return "cpu" if cpu.supports(q, kv_pool) else "xla"
 
 
-def _check_support(
-    implementation: str, q: jax.Array, k: jax.Array, kv_pool: jax.Array
-) -> None:
+def _check_support(implementation: str, q: jax.Array, k: jax.Array, kv_pool: jax.Array) -> None:
     if uses_tpu_layout(implementation):
         if (reason := unsupported(q, k, kv_pool)) is not None:
             raise ValueError(f"ragged_paged_attention: {implementation!r}: {reason}")

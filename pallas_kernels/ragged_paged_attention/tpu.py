@@ -59,7 +59,7 @@ def ragged_paged_attention(
     block_sizes.py."""
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
-    problem, tiles = _plan(q, k, kv_pool, block_tables, window, soft_cap, max_query_len, sizes)
+    problem, tiles = plan(q, k, kv_pool, block_tables, window, soft_cap, max_query_len, sizes)
     segment_tokens = problem.segment_rows * problem.layout.fold
     rows = token_rows(num_tokens, seq_lens, query_start, distribution)
     new = _token_words(problem, new_elements(k, v, k_scale, v_scale, kv_pool.dtype))
@@ -85,7 +85,7 @@ def ragged_paged_attention(
     return jnp.where(rows.valid[:, None, None], out, 0).astype(q.dtype), kv_pool
 
 
-def _plan(
+def plan(
     q: jax.Array,
     k: jax.Array,
     kv_pool: jax.Array,
@@ -104,9 +104,7 @@ def _plan(
     block_size = rows_per_block * layout.fold
     row_bytes = layout.lanes * kv_pool.dtype.itemsize
     query_rows = layout.fold * group_words * packed
-    sizes = sizes or block_sizes(
-        num_kv_heads, query_rows, layout.fold, row_bytes, _device_kind()
-    )
+    sizes = sizes or block_sizes(num_kv_heads, query_rows, layout.fold, row_bytes, _device_kind())
     longest = 1 << (block_tables.shape[1] - 1).bit_length()
     fetch_blocks = max(1, min(sizes.fetch_tokens // block_size, longest))
     window_entries = -(-(fetch_blocks + TABLE_ALIGNMENT - 1) // TABLE_ALIGNMENT) * TABLE_ALIGNMENT
@@ -174,14 +172,10 @@ def _query_words(p: Problem, q: jax.Array, padding: int) -> jax.Array:
     fold, packed = p.layout.fold, p.rows_of_word
     group = num_heads // p.num_kv_heads
     grouped = q.reshape(num_tokens, p.num_kv_heads, group, head_dim)
-    grouped = jnp.pad(
-        grouped, ((0, padding), (0, 0), (0, p.group_words * packed - group), (0, 0))
-    )
+    grouped = jnp.pad(grouped, ((0, padding), (0, 0), (0, p.group_words * packed - group), (0, 0)))
     words = words_of(grouped, axis=2)  # [T', K, words, D]
     streams = [
-        jnp.pad(
-            words, (*[(0, 0)] * 3, (r * head_dim, p.key_width - (r + 1) * head_dim))
-        )
+        jnp.pad(words, (*[(0, 0)] * 3, (r * head_dim, p.key_width - (r + 1) * head_dim)))
         for r in range(fold)
     ]
     return jnp.stack(streams, axis=2).reshape(words.shape[0], -1, p.key_width)

@@ -326,9 +326,7 @@ def _plan(
     num_blocks = (position + num_tokens - 1) // p.block_size + 1  # of the sequence
     block = first_block + kv_tile * p.fetch_blocks
     is_last = block + p.fetch_blocks >= num_blocks
-    column = jnp.minimum(
-        block // TABLE_ALIGNMENT * TABLE_ALIGNMENT, p.max_blocks - p.table_window
-    )
+    column = jnp.minimum(block // TABLE_ALIGNMENT * TABLE_ALIGNMENT, p.max_blocks - p.table_window)
     slot = item & (NUM_PLANS - 1)
     fields = {
         TOKEN_AT: refs.query_start[s] + offset,
@@ -468,9 +466,7 @@ def _begin(refs: Refs, p: Problem, tile: QueryTile, slot: Scalar) -> None:
             ]
         used = streams * words * tile.num_tokens
         if used < word_rows:
-            refs.q_rows[h, used:word_rows] = jnp.zeros(
-                (word_rows - used, p.key_width), jnp.int32
-            )
+            refs.q_rows[h, used:word_rows] = jnp.zeros((word_rows - used, p.key_width), jnp.int32)
         rows = slice(0, num_rows)
         refs.acc[h, rows] = jnp.zeros((num_rows, p.value_width), jnp.float32)
         if refs.sinks is None:
@@ -602,9 +598,7 @@ def _window_or_all(refs: Refs) -> jax.Array:
     return jnp.where(refs.window[0] > 0, refs.window[0], jnp.iinfo(jnp.int32).max // 2)
 
 
-def _all_visible(
-    refs: Refs, p: Problem, tile: QueryTile, plan: Scalar, block: Scalar
-) -> jax.Array:
+def _all_visible(refs: Refs, p: Problem, tile: QueryTile, plan: Scalar, block: Scalar) -> jax.Array:
     """Whether every query of a tile sees compute_blocks blocks from `block` on in whole."""
     start = refs.plans[plan, POSITION] - refs.plans[plan, COLUMN] - block * p.block_size
     visible = tile.compute_blocks * p.block_size <= start + 1
@@ -619,9 +613,7 @@ def _finish(refs: Refs, p: Problem, tile: QueryTile, plan: Scalar) -> None:
     _wait_for_output(refs, tile, slot)
 
     def head(h: Scalar, _: None) -> None:
-        words = pltpu.bitcast(
-            _output_of_head(refs, p, tile, h).astype(p.compute_dtype), jnp.int32
-        )
+        words = pltpu.bitcast(_output_of_head(refs, p, tile, h).astype(p.compute_dtype), jnp.int32)
         for j in range(p.group_words):
             part = words[j * tile.num_tokens : (j + 1) * tile.num_tokens]
             refs.out_stage[slot, pl.ds(0, tile.num_tokens), h * p.group_words + j] = part

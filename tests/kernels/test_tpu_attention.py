@@ -15,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
+from test_ragged_paged_attention import Case, add_sinks_and_scales
+from tpu_topology import compile_for
 
 from pallas_kernels.ragged_paged_attention import tpu
 from pallas_kernels.ragged_paged_attention.api import ragged_paged_attention
@@ -28,8 +30,6 @@ from pallas_kernels.ragged_paged_attention.tpu_layout import (
     values_of,
     words_of,
 )
-from test_ragged_paged_attention import Case, add_sinks_and_scales
-from tpu_topology import compile_for
 
 SMALL = BlockSizes(  # several items a sequence, parts an item, units a part
     fetch_tokens=64,
@@ -101,7 +101,7 @@ def test_a_row_has_the_keys_of_its_tokens_and_then_their_values() -> None:
 
 
 def test_blocks_that_are_no_whole_rows_are_refused() -> None:
-    with pytest.raises(ValueError, match="block_size 6 .* holds 4 tokens"):
+    with pytest.raises(ValueError, match=r"block_size 6 .* holds 4 tokens"):
         physical_shape(1, 1, 6, 1, 80)
 
 

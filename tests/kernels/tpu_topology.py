@@ -16,6 +16,7 @@ ENVIRONMENT = {  # or libtpu looks for a machine to ask
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # another process may be compiling
 }
 
 
