@@ -10,35 +10,55 @@ from jax.typing import DTypeLike
 
 from jaxllm.config import ModelConfig
 from pallas_kernels import native
+from pallas_kernels.ragged_paged_attention.api import uses_tpu_layout
 from pallas_kernels.ragged_paged_attention.layout import BITS_OF_BFLOAT16
+from pallas_kernels.ragged_paged_attention.tpu_layout import (
+    is_physical,
+    physical_shape,
+    pool_layout,
+)
 
 
-def pool_dtype(dtype: DTypeLike, platform: str) -> jnp.dtype:
+def has_tpu_layout(
+    config: ModelConfig, block_size: int, platform: str, attention: str | None
+) -> bool:
+    """Whether the pool lies as the TPU's kernel takes it, which then runs: where that kernel is
+    asked for, and on TPU wherever blocks fit it. attention: an implementation's name or None."""
+    if attention is not None:
+        return uses_tpu_layout(attention)
+    return platform == "tpu" and block_size % pool_layout(config.head_dim).fold == 0
+
+
+def pool_dtype(dtype: DTypeLike, platform: str, attention: str | None = None) -> jnp.dtype:
     """How the pool stores keys and values of dtype. On CPU bfloat16 is kept as its bits: XLA turns
     a gather or scatter on bfloat16 there into one on float32 of the whole operand."""
-    if platform == "cpu" and jnp.dtype(dtype) == jnp.bfloat16:
+    is_bits = platform == "cpu" and not uses_tpu_layout(attention)
+    if is_bits and jnp.dtype(dtype) == jnp.bfloat16:
         return jnp.dtype(BITS_OF_BFLOAT16)
     return jnp.dtype(dtype)
 
 
-def pool_shape(config: ModelConfig, num_blocks: int, block_size: int) -> tuple[int, ...]:
-    """[L, N, B, 2K, D]."""
-    return (
-        config.num_layers, num_blocks, block_size, 2 * config.num_kv_heads, config.head_dim,
-    )  # fmt: skip
-
-
 def abstract_pool(
-    config: ModelConfig, num_blocks: int, block_size: int, dtype: DTypeLike, platform: str
+    config: ModelConfig,
+    num_blocks: int,
+    block_size: int,
+    dtype: DTypeLike,
+    platform: str,
+    attention: str | None = None,
 ) -> jax.ShapeDtypeStruct:
-    """The pool's shape and type; allocates nothing."""
-    shape = pool_shape(config, num_blocks, block_size)
-    return jax.ShapeDtypeStruct(shape, pool_dtype(dtype, platform))
+    """The pool's shape and type; allocates nothing. The shape is [L, N, B, 2K, D], or that of
+    tpu_layout.py, from which ragged_paged_attention knows which kernel to run."""
+    shape = (config.num_layers, num_blocks, block_size, 2 * config.num_kv_heads, config.head_dim)
+    if has_tpu_layout(config, block_size, platform, attention):
+        shape = physical_shape(
+            config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim
+        )
+    return jax.ShapeDtypeStruct(shape, pool_dtype(dtype, platform, attention))
 
 
-def head_axis(pool: Any) -> int:
+def head_axis(pool: Any, config: ModelConfig) -> int:
     """The axis of a pool that its heads lie along, which several devices divide."""
-    return len(pool.shape) - 2
+    return 2 if is_physical(pool.shape, config.num_kv_heads, config.head_dim) else 3
 
 
 def grows_with_use(stored: jnp.dtype) -> bool:

@@ -73,10 +73,12 @@ class StepPrograms:
         """The device state as shapes."""
         config, model, placement = self.config, self.model, self.placement
         pool = kv_cache.abstract_pool(
-            model.config, config.num_blocks, config.block_size, model.dtype, placement.platform
-        )
+            model.config, config.num_blocks, config.block_size, model.dtype, placement.platform,
+            self.options.attention,
+        )  # fmt: skip
         tables = abstract_tables(model.config, config.max_num_seqs)
-        return State(placement.pool(pool), *placement.whole(tables))  # type: ignore[arg-type]
+        placed = placement.pool(pool, model.config)
+        return State(placed, *placement.whole(tables))  # type: ignore[arg-type]
 
     @cached_property
     def order(self) -> list[Bucket]:

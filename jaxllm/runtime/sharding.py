@@ -97,11 +97,11 @@ class Placement:
             lambda path, leaf: _placed(leaf, self._of_parameter(path[-1].key, leaf.shape)), tree
         )
 
-    def pool(self, pool: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    def pool(self, pool: jax.ShapeDtypeStruct, config: ModelConfig) -> jax.ShapeDtypeStruct:
         """The block pool's shape, its heads divided."""
         if self.mesh is None:
             return pool
-        return _placed(pool, NamedSharding(self.mesh, pool_spec(pool)))
+        return _placed(pool, NamedSharding(self.mesh, pool_spec(pool, config)))
 
     def put(self, array: np.ndarray, name: str) -> jax.Array:
         """A parameter on the devices. name: the last key of its path."""
@@ -124,9 +124,9 @@ def axis_spec(num_axes: int, axis: int) -> PartitionSpec:
     return PartitionSpec(*(AXIS if i == axis else None for i in range(num_axes)))
 
 
-def pool_spec(pool: Any) -> PartitionSpec:
+def pool_spec(pool: Any, config: ModelConfig) -> PartitionSpec:
     """That of the block pool."""
-    return axis_spec(len(pool.shape), kv_cache.head_axis(pool))
+    return axis_spec(len(pool.shape), kv_cache.head_axis(pool, config))
 
 
 def device_bytes(tree: Any) -> int:

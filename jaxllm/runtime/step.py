@@ -29,7 +29,7 @@ LOGPROB_TILE = 64  # prompt rows whose logits [64, V] are in memory at a time
 class State(NamedTuple):
     """What stays on the device between steps; donated to each."""
 
-    kv_pool: jax.Array  # [L, N, B, 2K, D]
+    kv_pool: jax.Array  # [L, N, B, 2K, D] or as kv_cache.abstract_pool lays it out
     last_tokens: jax.Array  # [num_slots] int32, what each slot's sequence sampled last
     token_info: jax.Array  # [num_slots, V] int32, see batch.table_row
     logit_bias: jax.Array  # [num_slots, V] float32
@@ -267,7 +267,7 @@ def _attend(
         arguments = [q, k, v, kv_pool, layer, *ragged, *([] if fixed else [window])]
         if options.mesh is None:
             return attention(*arguments)
-        heads, pool = axis_spec(3, 1), pool_spec(kv_pool)
+        heads, pool = axis_spec(3, 1), pool_spec(kv_pool, model.config)
         whole = [PartitionSpec()] * (len(arguments) - 4)
         return jax.shard_map(
             attention,

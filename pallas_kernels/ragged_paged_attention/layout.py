@@ -68,13 +68,25 @@ def write_new_tokens(
 ) -> jax.Array:
     """The pool with the new keys and values in their places: heads k0, v0, k1, v1, ..."""
     num_blocks, block_size = kv_pool.shape[1:3]
+    new = new_elements(k, v, k_scale, v_scale, kv_pool.dtype)  # [T, K, 2, D]
+    new = new.reshape(k.shape[0], -1, k.shape[2])  # [T, 2K, D]
+    block = block_tables[rows.sequence, rows.position // block_size]  # [T]
+    block = jnp.where(rows.valid, block, num_blocks)  # out of range: dropped
+    return kv_pool.at[layer, block, rows.position % block_size].set(
+        new, mode="drop", unique_indices=True
+    )
+
+
+def new_elements(
+    k: jax.Array,  # [T, K, D]
+    v: jax.Array,  # [T, K, D]
+    k_scale: jax.Array | float,
+    v_scale: jax.Array | float,
+    pool_dtype: jnp.dtype,
+) -> jax.Array:
+    """New keys and values as the pool stores them, [T, K, 2, D]."""
     if isinstance(k_scale, jax.Array) or k_scale != 1.0:
         k = k.astype(jnp.float32) / jnp.asarray(k_scale, jnp.float32).reshape(-1, 1)
     if isinstance(v_scale, jax.Array) or v_scale != 1.0:
         v = v.astype(jnp.float32) / jnp.asarray(v_scale, jnp.float32).reshape(-1, 1)
-    new = jnp.stack([k, v], axis=2).reshape(k.shape[0], -1, k.shape[2])  # [T, 2K, D]
-    block = block_tables[rows.sequence, rows.position // block_size]  # [T]
-    block = jnp.where(rows.valid, block, num_blocks)  # out of range: dropped
-    return kv_pool.at[layer, block, rows.position % block_size].set(
-        encode_pool(new, kv_pool.dtype), mode="drop", unique_indices=True
-    )
+    return encode_pool(jnp.stack([k, v], axis=2), pool_dtype)

@@ -1,0 +1,675 @@
+"""The TPU kernel of ragged paged attention; tpu.py calls it, tpu_layout.py says how the pool lies.
+
+Three things happen in one call. New tokens go to the pool, segment by segment: the rows are read,
+the new tokens put in, the rows written back. When all are there, each tile of queries runs over the
+blocks that it sees, in items of at most `fetch_blocks` blocks. An item is planned (its place in the
+block table is fetched to scalar memory), some ticks later fetched (one copy a block), and some
+ticks later computed, so copies of later items run while one is computed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial, reduce
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.ragged_paged_attention.tpu_layout import LANES, PoolLayout
+
+MASKED = -1e30  # finite: a row that has seen only masked positions must not become NaN
+NUM_PLANS = 8  # a power of two, at least NUM_SLOTS + PLANNED_AHEAD
+NUM_SLOTS = 4  # a power of two: items whose blocks are in VMEM
+FETCHED_AHEAD = NUM_SLOTS - 1  # items whose copies run while one is computed
+PLANNED_AHEAD = 4  # items before that whose block table is on its way
+TABLE_ALIGNMENT = 128  # entries; where a copy from a block table may begin
+SUBLANES = 8
+# Columns of the list of segments that are written, see tpu.write_segments.
+BLOCK, ROW, TOKEN, FROM, TO = range(5)
+
+Scalar = jax.Array | int
+
+
+@dataclass(frozen=True)
+class QueryTile:
+    """Static sizes of how sequences of one kind are computed."""
+
+    num_tokens: int  # queries of a tile
+    unit_rows: int  # query rows of one product
+    unit_heads: int  # key heads whose products are interleaved
+    compute_blocks: int  # blocks of one product
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Static sizes of a call."""
+
+    num_kv_heads: int  # K
+    rows_per_block: int  # B / R
+    layout: PoolLayout
+    group_words: int  # 32-bit words of a key head's queries in one lane
+    compute_dtype: Any
+    pool_dtype: Any
+    fetch_blocks: int
+    table_window: int  # entries of a block table that an item fetches
+    max_blocks: int  # entries of a block table
+    segment_rows: int
+    num_segment_slots: int
+    has_window: bool
+    soft_cap: float | None
+
+    @property
+    def block_size(self) -> int:
+        return self.rows_per_block * self.layout.fold
+
+    @property
+    def rows_of_word(self) -> int:
+        """Query heads that share a 32-bit word."""
+        return 4 // jnp.dtype(self.compute_dtype).itemsize
+
+    @property
+    def tokens_of_word(self) -> int:
+        """Rows of the pool that share a 32-bit word."""
+        return 4 // jnp.dtype(self.pool_dtype).itemsize
+
+    @property
+    def key_width(self) -> int:
+        return self.layout.key_lanes.stop
+
+    @property
+    def value_width(self) -> int:
+        return self.layout.lanes - self.layout.value_lanes.start
+
+    def num_rows(self, num_tokens: int) -> int:
+        """Rows of a key head for a tile of queries, streams outermost, whole sublanes of 32 bits."""
+        rows = self.layout.fold * self.group_words * num_tokens * self.rows_of_word
+        return -(-rows // SUBLANES) * SUBLANES
+
+
+class Refs(NamedTuple):
+    """What the kernel is given, in the order of pallas_call."""
+
+    layer: Any  # SMEM [1]
+    window: Any  # SMEM [1]
+    distribution: Any  # SMEM [3]
+    seq_lens: Any  # SMEM [S]
+    query_start: Any  # SMEM [S + 1]
+    segments: Any  # SMEM [5, I]
+    num_segments: Any  # SMEM [2]: of one token, and in all
+    scales: Any  # SMEM [3, K] float32: before the soft cap, before exp2, of the output
+    q: Any  # HBM [T', R * K * words, key width] int32
+    new: Any  # HBM [T', K, W] int32
+    block_tables: Any  # HBM [S, M]
+    sinks: Any  # SMEM [K, query heads of a key head, padded] float32, or None
+    pool_in: Any  # the pool; it is `pool`
+    out: Any  # HBM [T', K * words, value width] int32
+    pool: Any  # HBM [L, N, K, B / R, W]
+    kv: Any  # VMEM [slots, fetch blocks, K, B / R, W]
+    tables: Any  # SMEM [plans, table window]
+    plans: Any  # SMEM [plans, fields]
+    q_stage: Any  # VMEM [slots, tokens, R * K * words, key width] int32
+    q_rows: Any  # VMEM [K, word rows, key width] int32
+    maxima: Any  # VMEM [K, rows, 128] float32
+    sums: Any  # VMEM [K, rows, 128] float32, to be added up
+    acc: Any  # VMEM [K, rows, value width] float32
+    out_stage: Any  # VMEM [2, tokens, K * words, value width] int32
+    out_tokens: Any  # SMEM [2]: of the copies that run
+    old: Any  # VMEM [segment slots, K, segment rows, W]
+    fresh: Any  # VMEM [segment slots, segment tokens, K, W] int32
+    kv_sem: Any
+    table_sem: Any
+    q_sem: Any
+    out_sem: Any
+    read_sem: Any
+    fresh_sem: Any
+    write_sem: Any
+
+
+def kernel(*args: Any, problem: Problem, tiles: tuple[tuple[int, QueryTile], ...]) -> None:
+    """tiles: for each kind of sequence, where `distribution` says that it ends, and its tile."""
+    refs = Refs(*args)
+    write_new_tokens(refs, problem, single_only=len(tiles) == 1)
+    first: Scalar = 0
+    for kind, tile in tiles:
+        attend(refs, problem, tile, first, refs.distribution[kind])
+        first = refs.distribution[kind]
+
+
+# ---- writing
+
+
+def write_new_tokens(refs: Refs, p: Problem, single_only: bool) -> None:
+    """Puts all new tokens into the pool and returns when they are there."""
+    num_single = refs.num_segments[0]
+    _write_segments(refs, p, 0, num_single, num_tokens=1)
+    if not single_only:
+        num_tokens = p.segment_rows * p.layout.fold
+        _write_segments(refs, p, num_single, refs.num_segments[1], num_tokens=num_tokens)
+
+
+def _write_segments(
+    refs: Refs, p: Problem, first: Scalar, last: Scalar, *, num_tokens: int
+) -> None:
+    """Segments first to last. num_tokens: 1 if each has one, else those of a whole segment."""
+    ahead = p.num_segment_slots // 2
+    count = last - first
+
+    def place(i: Scalar) -> Any:
+        rows = pl.ds(pl.multiple_of(refs.segments[ROW, i], p.segment_rows), p.segment_rows)
+        return refs.pool.at[refs.layer[0], refs.segments[BLOCK, i], :, rows]
+
+    def reads(i: Scalar) -> list[Any]:
+        slot = lax.rem(i, p.num_segment_slots)
+        token = refs.segments[TOKEN, i]
+        if num_tokens == 1:
+            token += refs.segments[FROM, i]
+        fresh = refs.fresh.at[slot, pl.ds(0, num_tokens)]
+        return [
+            pltpu.make_async_copy(place(i), refs.old.at[slot], refs.read_sem.at[slot]),
+            pltpu.make_async_copy(
+                refs.new.at[pl.ds(token, num_tokens)], fresh, refs.fresh_sem.at[slot]
+            ),
+        ]
+
+    def write(i: Scalar) -> Any:
+        slot = lax.rem(i, p.num_segment_slots)
+        return pltpu.make_async_copy(refs.old.at[slot], place(i), refs.write_sem.at[slot])
+
+    def step(j: Scalar, _: None) -> None:
+        @pl.when(j < count)
+        def _() -> None:
+            @pl.when(j >= p.num_segment_slots)
+            def _() -> None:
+                write(first + j - p.num_segment_slots).wait()
+
+            for copy in reads(first + j):
+                copy.start()
+
+        @pl.when(j >= ahead)
+        def _() -> None:
+            i = first + j - ahead
+            for copy in reads(i):
+                copy.wait()
+            _merge(refs, p, i, lax.rem(i, p.num_segment_slots), num_tokens)
+            write(i).start()
+
+    @pl.when(count > 0)
+    def _() -> None:
+        lax.fori_loop(0, count + ahead, step, None)
+        started = jnp.maximum(count - p.num_segment_slots, 0)
+        lax.fori_loop(started, count, lambda j, _: write(first + j).wait(), None)
+
+
+def _merge(refs: Refs, p: Problem, i: Scalar, slot: Scalar, num_tokens: int) -> None:
+    """Puts the tokens of segment i into the rows that were read."""
+    bits = 32 // p.tokens_of_word
+    mask = _token_mask(p, p.segment_rows, refs.segments[FROM, i], refs.segments[TO, i])
+
+    def head(h: Scalar, _: None) -> None:
+        old = pltpu.bitcast(refs.old[slot, h], jnp.int32)  # [segment rows / P, W]
+        if num_tokens == 1:
+            token = refs.fresh[slot, pl.ds(0, 1), h]  # [1, W]
+            new = token
+            for row in range(1, p.tokens_of_word):
+                new = new | (token << (bits * row))
+            new = jnp.broadcast_to(new, old.shape)
+        else:
+            new = _packed_tokens(refs, p, slot, h)
+        refs.old[slot, h] = pltpu.bitcast((old & ~mask) | (new & mask), p.pool_dtype)
+
+    lax.fori_loop(0, p.num_kv_heads, head, None, unroll=math.gcd(p.num_kv_heads, 4))
+
+
+def _packed_tokens(refs: Refs, p: Problem, slot: Scalar, h: Scalar) -> jax.Array:
+    """The tokens of a segment as the pool holds them, in words: [segment rows / P, W].
+
+    Tokens come with their keys and values in the lanes of every stream.
+    """
+    fold, packed = p.layout.fold, p.tokens_of_word
+    stream = _stream_of_lane(p, (1, p.layout.lanes))
+    words = []
+    for row in range(packed):
+        streams = []
+        for r in range(fold):
+            tokens = range(row * fold + r, p.segment_rows * fold, packed * fold)
+            streams.append(jnp.concatenate([refs.fresh[slot, pl.ds(t, 1), h] for t in tokens]))
+        merged = streams[0]
+        for r in range(1, fold):
+            merged = jnp.where(stream == r, streams[r], merged)
+        field = (1 << (32 // packed)) - 1 if packed > 1 else -1
+        words.append((merged & field) << (32 // packed * row))
+    return reduce(jnp.bitwise_or, words)
+
+
+def _stream_of_lane(p: Problem, shape: tuple[int, int]) -> jax.Array:
+    """Whose key or value a lane of a row holds: int32 in that shape [.., W]."""
+    stream = lax.broadcasted_iota(jnp.int32, shape, 1) // p.layout.head_dim
+    return jnp.where(stream >= p.layout.fold, stream - p.layout.fold, stream)
+
+
+def _token_mask(p: Problem, num_rows: int, start: Scalar, stop: Scalar) -> jax.Array:
+    """Bits of the words of rows 0 to num_rows that hold tokens start to stop: [rows / P, W]."""
+    packed, fold = p.tokens_of_word, p.layout.fold
+    shape = (num_rows // packed, p.layout.lanes)
+    row = lax.broadcasted_iota(jnp.int32, shape, 0) * packed
+    stream = _stream_of_lane(p, shape)
+    mask = jnp.zeros(shape, jnp.int32)
+    bits = 32 // packed
+    for j in range(packed):
+        token = (row + j) * fold + stream
+        field = (1 << bits) - 1 << (bits * j)
+        field -= (field >> 31) << 32  # as a signed word
+        mask |= jnp.where((token >= start) & (token < stop), jnp.int32(field), 0)
+    return mask
+
+
+# ---- reading
+
+(TOKEN_AT, NUM_TOKENS, POSITION, COLUMN, NUM_BLOCKS, OFFSET, IS_FIRST, IS_LAST, TILE) = range(9)
+NUM_FIELDS = 9
+
+
+def attend(refs: Refs, p: Problem, tile: QueryTile, first: Scalar, last: Scalar) -> None:
+    """Computes the queries of sequences first to last."""
+
+    def unfinished(state: tuple[jax.Array, ...]) -> jax.Array:
+        tick, num_planned, s = state[:3]
+        return (s < last) | (tick < num_planned)
+
+    def step(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        tick, num_planned, s, query_tile, kv_tile, num_tiles = state
+        can_plan = s < last
+        cursor = (s, query_tile, kv_tile, num_tiles)
+        cursor = lax.cond(
+            can_plan, partial(_plan, refs, p, tile, num_planned), lambda *c: c, *cursor
+        )
+        num_planned += jnp.where(can_plan, 1, 0)
+        fetched = tick + FETCHED_AHEAD
+
+        @pl.when((fetched >= 0) & (fetched < num_planned))
+        def _() -> None:
+            _fetch(refs, p, tile, fetched)
+
+        @pl.when(tick >= 0)
+        def _() -> None:
+            _compute(refs, p, tile, tick)
+
+        return tick + 1, num_planned, *cursor
+
+    zero = jnp.int32(0)
+    refs.out_tokens[0] = refs.out_tokens[1] = 0
+    start = jnp.int32(-FETCHED_AHEAD - PLANNED_AHEAD)
+    lax.while_loop(unfinished, step, (start, zero, jnp.int32(first), zero, zero, zero))
+    for slot in range(2):
+        _wait_for_output(refs, tile, slot)
+
+
+def _plan(
+    refs: Refs, p: Problem, tile: QueryTile, item: Scalar,
+    s: Scalar, query_tile: Scalar, kv_tile: Scalar, num_tiles: Scalar,
+) -> tuple[Scalar, ...]:  # fmt: skip
+    """Writes down what an item is and has its part of the block table fetched; returns the place
+    after it."""
+    query_len = refs.query_start[s + 1] - refs.query_start[s]
+    offset = query_tile * tile.num_tokens
+    num_tokens = jnp.minimum(query_len - offset, tile.num_tokens)
+    position = refs.seq_lens[s] - query_len + offset
+    first_block: Scalar = 0
+    if p.has_window:
+        oldest = jnp.where(refs.window[0] > 0, position - refs.window[0] + 1, 0)
+        first_block = jnp.maximum(oldest, 0) // p.block_size
+    num_blocks = (position + num_tokens - 1) // p.block_size + 1  # of the sequence
+    block = first_block + kv_tile * p.fetch_blocks
+    is_last = block + p.fetch_blocks >= num_blocks
+    column = jnp.minimum(block // TABLE_ALIGNMENT * TABLE_ALIGNMENT, p.max_blocks - p.table_window)
+    slot = item & (NUM_PLANS - 1)
+    fields = {
+        TOKEN_AT: refs.query_start[s] + offset,
+        NUM_TOKENS: num_tokens,
+        POSITION: position,
+        COLUMN: block * p.block_size,
+        NUM_BLOCKS: jnp.minimum(num_blocks - block, p.fetch_blocks),
+        OFFSET: block - column,
+        IS_FIRST: kv_tile == 0,
+        IS_LAST: is_last,
+        TILE: num_tiles,
+    }
+    for name, value in fields.items():
+        refs.plans[slot, name] = jnp.int32(value)
+    _table_copy(refs, p, s, column, slot).start()
+
+    tile_ends = is_last
+    sequence_ends = tile_ends & (offset + tile.num_tokens >= query_len)
+    return (
+        s + sequence_ends,
+        jnp.where(sequence_ends, 0, query_tile + tile_ends),
+        jnp.where(tile_ends, 0, kv_tile + 1),
+        num_tiles + tile_ends,
+    )
+
+
+def _table_copy(refs: Refs, p: Problem, s: Scalar, column: Scalar, slot: Scalar) -> Any:
+    part = pl.ds(pl.multiple_of(column, TABLE_ALIGNMENT), p.table_window)
+    return pltpu.make_async_copy(
+        refs.block_tables.at[s, part], refs.tables.at[slot], refs.table_sem.at[slot]
+    )
+
+
+def _fetch(refs: Refs, p: Problem, tile: QueryTile, item: Scalar) -> None:
+    """Starts the copies of an item's blocks, and of its queries if it is the first of its tile."""
+    plan, slot = item & (NUM_PLANS - 1), item & (NUM_SLOTS - 1)
+    _table_copy(refs, p, 0, 0, plan).wait()
+    offset = refs.plans[plan, OFFSET]
+
+    def start(j: Scalar, _: None) -> None:
+        block = refs.tables[plan, offset + j]
+        pltpu.make_async_copy(
+            refs.pool.at[refs.layer[0], block], refs.kv.at[slot, j], refs.kv_sem.at[slot]
+        ).start()
+
+    lax.fori_loop(0, refs.plans[plan, NUM_BLOCKS], start, None)
+
+    @pl.when(refs.plans[plan, IS_FIRST] == 1)
+    def _() -> None:
+        _query_copy(refs, tile, plan).start()
+
+
+def _query_copy(refs: Refs, tile: QueryTile, plan: Scalar) -> Any:
+    slot = refs.plans[plan, TILE] & (NUM_SLOTS - 1)
+    source = refs.q.at[pl.ds(refs.plans[plan, TOKEN_AT], tile.num_tokens)]
+    stage = refs.q_stage.at[slot, pl.ds(0, tile.num_tokens)]
+    return pltpu.make_async_copy(source, stage, refs.q_sem.at[slot])
+
+
+def _wait_for_blocks(refs: Refs, p: Problem, slot: Scalar, num_blocks: Scalar) -> None:
+    """A semaphore counts bytes, so one wait does for a full item."""
+    sem = refs.kv_sem.at[slot]
+
+    @pl.when(num_blocks == p.fetch_blocks)
+    def _() -> None:
+        pltpu.make_async_copy(refs.kv.at[slot], refs.kv.at[slot], sem).wait()
+
+    @pl.when(num_blocks < p.fetch_blocks)
+    def _() -> None:
+        block = refs.kv.at[slot, 0]
+        wait = pltpu.make_async_copy(block, block, sem).wait
+        lax.fori_loop(0, num_blocks, lambda j, _: wait(), None)
+
+
+def _compute(refs: Refs, p: Problem, tile: QueryTile, item: Scalar) -> None:
+    """Takes an item's keys and values into the running softmax of its tile of queries."""
+    plan, slot = item & (NUM_PLANS - 1), item & (NUM_SLOTS - 1)
+    is_last = refs.plans[plan, IS_LAST] == 1
+    num_blocks = refs.plans[plan, NUM_BLOCKS]
+
+    @pl.when(refs.plans[plan, IS_FIRST] == 1)
+    def _() -> None:
+        _query_copy(refs, tile, plan).wait()
+        _begin(refs, p, tile, refs.plans[plan, TILE] & (NUM_SLOTS - 1))
+
+    _wait_for_blocks(refs, p, slot, num_blocks)
+
+    @pl.when(is_last)
+    def _() -> None:
+        _clear_unused(refs, p, tile, plan, slot)
+
+    num_rows = p.num_rows(tile.num_tokens)
+    num_row_units, num_head_units = num_rows // tile.unit_rows, p.num_kv_heads // tile.unit_heads
+
+    def attend_part(index: Scalar, *, masked: bool) -> None:
+        def unit(u: Scalar, _: None) -> None:
+            head = u // num_row_units * tile.unit_heads
+            row = u % num_row_units * tile.unit_rows
+            block = index * tile.compute_blocks
+            _attend_unit(refs, p, tile, plan, slot, block, head, row, masked=masked)
+
+        if num_row_units * num_head_units == 1:
+            unit(0, None)
+        else:
+            lax.fori_loop(0, num_row_units * num_head_units, unit, None)
+
+    def part(index: Scalar, _: None) -> None:
+        if tile.num_tokens == 1:
+            attend_part(index, masked=True)  # which costs few rows little
+            return
+        all_visible = _all_visible(refs, p, tile, plan, index * tile.compute_blocks)
+        pl.when(all_visible)(partial(attend_part, index, masked=False))
+        pl.when(jnp.logical_not(all_visible))(partial(attend_part, index, masked=True))
+
+    if tile.compute_blocks == p.fetch_blocks:
+        part(0, None)
+    else:
+        num_parts = (num_blocks + tile.compute_blocks - 1) // tile.compute_blocks
+        lax.fori_loop(0, num_parts, part, None)
+
+    @pl.when(is_last)
+    def _() -> None:
+        _finish(refs, p, tile, plan)
+
+
+def _begin(refs: Refs, p: Problem, tile: QueryTile, slot: Scalar) -> None:
+    """Lays out the queries of a tile and starts their softmax."""
+    num_rows = p.num_rows(tile.num_tokens)
+    words, streams = p.group_words, p.layout.fold
+    word_rows = num_rows // p.rows_of_word
+
+    def head(h: Scalar, _: None) -> None:
+        for part in range(streams * words):
+            rows = pl.ds(part * tile.num_tokens, tile.num_tokens)
+            refs.q_rows[h, rows] = refs.q_stage[
+                slot, pl.ds(0, tile.num_tokens), h * streams * words + part
+            ]
+        used = streams * words * tile.num_tokens
+        if used < word_rows:
+            refs.q_rows[h, used:word_rows] = jnp.zeros((word_rows - used, p.key_width), jnp.int32)
+        rows = slice(0, num_rows)
+        refs.acc[h, rows] = jnp.zeros((num_rows, p.value_width), jnp.float32)
+        if refs.sinks is None:
+            refs.maxima[h, rows] = jnp.full((num_rows, LANES), MASKED, jnp.float32)
+            refs.sums[h, rows] = jnp.zeros((num_rows, LANES), jnp.float32)
+        else:
+            _begin_with_sinks(refs, p, tile, h)
+
+    lax.fori_loop(0, p.num_kv_heads, head, None, unroll=math.gcd(p.num_kv_heads, 2))
+
+
+def _begin_with_sinks(refs: Refs, p: Problem, tile: QueryTile, h: Scalar) -> None:
+    """The sink is a first logit, of stream 0, whose value is zero."""
+    shape = (p.num_rows(tile.num_tokens), LANES)
+    row = lax.broadcasted_iota(jnp.int32, shape, 0)
+    words = p.rows_of_word
+    member = row // (tile.num_tokens * words) * words + row % words  # query head of its key head
+    sinks = jnp.full(shape, MASKED, jnp.float32)
+    for g in range(p.group_words * words):
+        sinks = jnp.where(member == g, refs.sinks[h, g], sinks)
+    of_stream = p.group_words * words
+    refs.maxima[h, : shape[0]] = sinks
+    lane = lax.broadcasted_iota(jnp.int32, shape, 1)
+    refs.sums[h, : shape[0]] = jnp.where((member < of_stream) & (lane == 0), 1.0, 0.0)
+
+
+def _clear_unused(refs: Refs, p: Problem, tile: QueryTile, plan: Scalar, slot: Scalar) -> None:
+    """Zeroes what follows a tile's last token in the parts that will be computed: it was never
+    written or is another sequence's, and NaN times a weight of zero is NaN."""
+    num_blocks = refs.plans[plan, NUM_BLOCKS]
+    last = refs.plans[plan, POSITION] + refs.plans[plan, NUM_TOKENS] - refs.plans[plan, COLUMN]
+    mask = _token_mask(p, p.rows_per_block, 0, last - (num_blocks - 1) * p.block_size)
+
+    def clear_end(h: Scalar, _: None) -> None:
+        words = pltpu.bitcast(refs.kv[slot, num_blocks - 1, h], jnp.int32) & mask
+        refs.kv[slot, num_blocks - 1, h] = pltpu.bitcast(words, p.pool_dtype)
+
+    @pl.when(num_blocks > 0)
+    def _() -> None:
+        lax.fori_loop(0, p.num_kv_heads, clear_end, None)
+
+    def clear_block(j: Scalar, _: None) -> None:
+        refs.kv[slot, j] = jnp.zeros(refs.kv.shape[2:], p.pool_dtype)
+
+    whole_parts = (num_blocks + tile.compute_blocks - 1) // tile.compute_blocks
+    end = jnp.maximum(whole_parts, 1) * tile.compute_blocks
+    lax.fori_loop(num_blocks, jnp.minimum(end, p.fetch_blocks), clear_block, None)
+
+
+def _attend_unit(
+    refs: Refs, p: Problem, tile: QueryTile, plan: Scalar, slot: Scalar,
+    block: Scalar, first_head: Scalar, row: Scalar, *, masked: bool,
+) -> None:  # fmt: skip
+    """unit_rows rows of unit_heads heads against compute_blocks blocks from `block` on.
+
+    Heads go through each stage together, so that the units of the chip do not wait for one.
+    """
+    heads = [first_head + i for i in range(tile.unit_heads)]
+    blocks = pl.ds(block, tile.compute_blocks)
+    rows = pl.ds(pl.multiple_of(row, SUBLANES), tile.unit_rows)
+    words = tile.unit_rows // p.rows_of_word
+    word_row = row if isinstance(row, int) else row // tile.unit_rows * words
+    word_rows = pl.ds(pl.multiple_of(word_row, math.gcd(words, SUBLANES)), words)
+    visible = _visible(refs, p, tile, plan, block, row) if masked else None  # [rows, columns]
+    precision = lax.Precision.HIGHEST if p.compute_dtype == jnp.float32 else None
+    product = partial(lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
+
+    def stored(h: Scalar, lanes: slice) -> jax.Array:
+        values = refs.kv[slot, blocks, h, :, lanes]  # [blocks, B / R, lanes]
+        return values.reshape(-1, values.shape[-1]).astype(p.compute_dtype)
+
+    logits = []
+    for h in heads:
+        q = pltpu.bitcast(refs.q_rows[h, word_rows], p.compute_dtype)  # [rows, key lanes]
+        x = product(q, stored(h, p.layout.key_lanes), (((1,), (1,)), ((), ())))
+        if p.soft_cap is not None:
+            x = jnp.tanh(x * refs.scales[0, h])
+        logits.append(x if visible is None else jnp.where(visible, x, MASKED))
+
+    weights = []
+    for h, x in zip(heads, logits, strict=True):
+        scale = refs.scales[1, h]
+        old_max = refs.maxima[h, rows]  # [rows, 128], all lanes the same
+        new_max = jnp.maximum(old_max, jnp.max(x, axis=1, keepdims=True))
+        weight = jnp.exp2((x - _repeated(new_max, x.shape[1])) * scale)
+        kept = jnp.exp2((old_max - new_max) * scale)
+        refs.maxima[h, rows] = new_max
+        refs.sums[h, rows] = kept * refs.sums[h, rows] + _folded(weight)
+        weights.append((weight.astype(p.compute_dtype), kept))
+
+    for h, (weight, kept) in zip(heads, weights, strict=True):
+        update = product(weight, stored(h, p.layout.value_lanes), (((1,), (0,)), ((), ())))
+        refs.acc[h, rows] = _repeated(kept, p.value_width) * refs.acc[h, rows] + update
+
+
+def _repeated(x: jax.Array, width: int) -> jax.Array:
+    """[rows, 128] whose lanes are all the same as [rows, width]; nothing is moved."""
+    return jnp.concatenate([x] * -(-width // LANES), axis=1)[:, :width]
+
+
+def _folded(x: jax.Array) -> jax.Array:
+    """[rows, columns] as sums of every 128th column, [rows, 128]: the lanes are added up last."""
+    missing = -x.shape[1] % LANES
+    if missing:
+        x = jnp.concatenate([x, jnp.zeros((x.shape[0], missing), x.dtype)], axis=1)
+    return sum(x[:, start : start + LANES] for start in range(0, x.shape[1], LANES))  # type: ignore[return-value]
+
+
+def _visible(
+    refs: Refs, p: Problem, tile: QueryTile, plan: Scalar, block: Scalar, row: Scalar
+) -> jax.Array:
+    """Which columns the rows of a unit see: [rows, columns]."""
+    fold, words = p.layout.fold, p.rows_of_word
+    shape = (tile.unit_rows, tile.compute_blocks * p.rows_per_block)
+    rows = row + lax.broadcasted_iota(jnp.int32, (shape[0], 1), 0)
+    token = rows // words % tile.num_tokens
+    stream = rows // (p.group_words * words * tile.num_tokens)
+    column = lax.broadcasted_iota(jnp.int32, shape, 1) * fold
+    # a column's position less a row's, but for what is the same in all
+    ahead = column + (stream - token)
+    start = refs.plans[plan, POSITION] - refs.plans[plan, COLUMN] - block * p.block_size
+    visible = ahead <= start
+    if p.has_window:
+        visible &= ahead > start - _window_or_all(refs)
+    return visible
+
+
+def _window_or_all(refs: Refs) -> jax.Array:
+    return jnp.where(refs.window[0] > 0, refs.window[0], jnp.iinfo(jnp.int32).max // 2)
+
+
+def _all_visible(refs: Refs, p: Problem, tile: QueryTile, plan: Scalar, block: Scalar) -> jax.Array:
+    """Whether every query of a tile sees compute_blocks blocks from `block` on in whole."""
+    start = refs.plans[plan, POSITION] - refs.plans[plan, COLUMN] - block * p.block_size
+    visible = tile.compute_blocks * p.block_size <= start + 1
+    if p.has_window:
+        visible &= start + tile.num_tokens - 1 < _window_or_all(refs)
+    return visible
+
+
+def _finish(refs: Refs, p: Problem, tile: QueryTile, plan: Scalar) -> None:
+    """Puts the streams of each head together and sends the tile's output off."""
+    slot = refs.plans[plan, TILE] & 1
+    _wait_for_output(refs, tile, slot)
+
+    def head(h: Scalar, _: None) -> None:
+        words = pltpu.bitcast(_output_of_head(refs, p, tile, h).astype(p.compute_dtype), jnp.int32)
+        for j in range(p.group_words):
+            part = words[j * tile.num_tokens : (j + 1) * tile.num_tokens]
+            refs.out_stage[slot, pl.ds(0, tile.num_tokens), h * p.group_words + j] = part
+
+    lax.fori_loop(0, p.num_kv_heads, head, None)
+    num_tokens = refs.plans[plan, NUM_TOKENS]
+    refs.out_tokens[slot] = num_tokens
+    _output_copies(refs, tile, slot, num_tokens, refs.plans[plan, TOKEN_AT], start=True)
+
+
+def _output_of_head(refs: Refs, p: Problem, tile: QueryTile, h: Scalar) -> jax.Array:
+    """[rows of a stream, value lanes]; each stream's value is in its own lanes."""
+    num_rows, fold = p.num_rows(tile.num_tokens), p.layout.fold
+    factor = refs.scales[2, h]
+    if fold == 1:
+        rows = slice(0, num_rows)
+        return refs.acc[h, rows] * (factor / jnp.sum(refs.sums[h, rows], axis=1, keepdims=True))
+    of_stream = p.group_words * p.rows_of_word * tile.num_tokens
+    parts = [slice(r * of_stream, (r + 1) * of_stream) for r in range(fold)]
+    maxima = [refs.maxima[h, rows][:, :1] for rows in parts]
+    highest = maxima[0]
+    for other in maxima[1:]:
+        highest = jnp.maximum(highest, other)
+    shares = [jnp.exp2((m - highest) * refs.scales[1, h]) for m in maxima]
+    sums = [jnp.sum(refs.sums[h, rows], axis=1, keepdims=True) for rows in parts]
+    total = sum(share * s for share, s in zip(shares, sums, strict=True))
+    start = p.layout.fold * p.layout.head_dim - p.layout.value_lanes.start
+    lane = lax.broadcasted_iota(jnp.int32, (1, p.value_width), 1) - start
+    stream = jnp.where(lane < 0, -1, lane // p.layout.head_dim)
+    out = jnp.zeros((of_stream, p.value_width), jnp.float32)
+    for r, (share, rows) in enumerate(zip(shares, parts, strict=True)):
+        out = jnp.where(stream == r, refs.acc[h, rows] * (share * factor / total), out)
+    missing = -of_stream % SUBLANES
+    if missing:
+        out = jnp.concatenate([out, jnp.zeros((missing, p.value_width), jnp.float32)])
+    return out
+
+
+def _output_copies(
+    refs: Refs, tile: QueryTile, slot: Scalar, num_tokens: Scalar, token: Scalar, *, start: bool
+) -> None:
+    """Starts, or waits for, the copies of exactly num_tokens tokens: one for each binary digit."""
+    for digit in range(tile.num_tokens.bit_length()):
+        size = 1 << digit
+        before = num_tokens & ~(2 * size - 1)  # tokens of the larger digits
+
+        @pl.when((num_tokens & size) != 0)
+        def _(size: int = size, before: Scalar = before) -> None:
+            copy = pltpu.make_async_copy(
+                refs.out_stage.at[slot, pl.ds(before, size)],
+                refs.out.at[pl.ds(token + before, size)],
+                refs.out_sem.at[slot],
+            )
+            copy.start() if start else copy.wait()
+
+
+def _wait_for_output(refs: Refs, tile: QueryTile, slot: Scalar) -> None:
+    _output_copies(refs, tile, slot, refs.out_tokens[slot], 0, start=False)
+    refs.out_tokens[slot] = 0

@@ -1,0 +1,183 @@
+#!/usr/bin/env python3
+"""What the TPU kernel of ragged paged attention became: cycles of computing an item beside those of
+copying it, from the compiler's final schedule, for a chip that need not be there.
+
+    python scripts/kernel_schedule.py --chip v6e
+
+A bundle is what a chip starts in one cycle. The table's `bundles` are those of one full item of the
+decoding loop: the loop's own, and each inner loop's times how often it runs. `copies` is how many
+cycles the item's keys and values take from HBM at its stated bandwidth. Needs libtpu.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+
+class Chip(NamedTuple):
+    """One core: its topology's name, clock in Hz, and HBM bytes a second."""
+
+    topology: str
+    clock: float
+    bandwidth: float
+
+
+CHIPS = {
+    "v5e": Chip("v5e:2x2", 1.5e9, 8.19e11),
+    "v6e": Chip("v6e:2x2", 1.75e9, 1.64e12),
+    "v7x": Chip("tpu7x:2x2x1", 2.2e9, 3.69e12),
+}
+# query heads, key heads, head size, the pool's type
+CASES = [
+    (32, 8, 128, "bfloat16"), (64, 8, 128, "bfloat16"), (28, 4, 128, "bfloat16"),
+    (40, 8, 128, "bfloat16"), (9, 3, 64, "bfloat16"), (16, 16, 64, "bfloat16"),
+    (32, 8, 128, "int8"), (32, 8, 128, "float8_e4m3fn"), (32, 8, 128, "float8_e5m2"),
+]  # fmt: skip
+BLOCK_SIZE = 32
+NUM_SEQS, NUM_BLOCKS, TABLE_LEN = 64, 512, 256
+COLUMNS = "queries/keys/size type bundles copies ratio spills compile_s"
+
+
+class Loop(NamedTuple):
+    """A loop of the final program: its depth, bundles that are in no loop inside it, and spills."""
+
+    depth: int
+    own: int
+    spills: int
+    products: int
+
+
+def loops_of(bundles: Path, utilization: Path) -> list[Loop]:
+    """The loops of a kernel in the order in which they begin."""
+    rows = re.findall(r"^[\d ]+$", utilization.read_text().split("UTILIZATION:")[1], re.M)
+    names = [
+        n.strip() for n in re.search(r"^MATMUL.*$", utilization.read_text(), re.M)[0].split(",")
+    ]  # type: ignore[index]
+    spill, product = names.index("VSTORE:SPILL"), names.index("MATMUL")
+    pattern = re.compile(r"^\s*0x([0-9a-f]+)\s+(LB)?[A-Z]*\s*:\s*(>*)\s*(\{\})?", re.M)
+    loops: list[list[int]] = []
+    open_loops: list[int] = []
+    depth = 0
+    for match in pattern.finditer(bundles.read_text(errors="replace")):
+        address = int(match[1], 16)
+        if match[3] or not match[4]:  # an empty bundle bears no mark of its depth
+            depth = len(match[3])
+        if match[2]:
+            open_loops = open_loops[: depth - 1]
+            open_loops.append(len(loops))
+            loops.append([depth, 0, 0, 0])
+        if depth == 0 or not open_loops:
+            continue
+        loop = loops[open_loops[min(depth, len(open_loops)) - 1]]
+        units = [int(n) for n in rows[address].split()] if address < len(rows) else []
+        loop[1] += 1
+        if units:
+            loop[2] += units[spill]
+            loop[3] += units[product]
+    return [Loop(*loop) for loop in loops]
+
+
+def item_bundles(loops: list[Loop], num_blocks: int, num_units: int) -> tuple[int, int]:
+    """Bundles and spills of one full item of the decoding loop.
+
+    That loop is the last of the outermost ones that computes products, in itself or in a loop inside
+    it. The first loop inside starts the copies, one a block; the products' runs num_units times;
+    the others belong to a sequence's beginning or end.
+    """
+    starts = [i for i, loop in enumerate(loops) if loop.depth == 1]
+    groups = [loops[a:b] for a, b in zip(starts, [*starts[1:], len(loops)], strict=True)]
+    outer, *inner = next(g for g in reversed(groups) if any(loop.products for loop in g))
+    computing = [loop for loop in inner if loop.products]
+    total = outer.own + inner[0].own * num_blocks + sum(l.own for l in computing) * num_units
+    return total, outer.spills + sum(loop.spills for loop in computing)
+
+
+def compile_case(chip: str, case: tuple[int, int, int, str], dump: Path) -> tuple[Any, ...]:
+    """The kernel's sizes, its loops and the seconds that it took to compile."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    from pallas_kernels.ragged_paged_attention import tpu
+    from pallas_kernels.ragged_paged_attention.tpu_layout import physical_shape
+
+    num_heads, num_kv_heads, head_dim, pool_dtype = case
+    device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip].topology)
+    mesh = Mesh(np.array(device.devices[:1]), ("chip",))
+    place = partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, PartitionSpec()))
+    q = place((NUM_SEQS, num_heads, head_dim), jnp.bfloat16)
+    k = place((NUM_SEQS, num_kv_heads, head_dim), jnp.bfloat16)
+    pool = place(
+        physical_shape(1, NUM_BLOCKS, BLOCK_SIZE, num_kv_heads, head_dim), jnp.dtype(pool_dtype)
+    )
+    numbers = [(), (NUM_SEQS,), (NUM_SEQS, TABLE_LEN), (NUM_SEQS + 1,), (3,)]
+    tables = [place(shape, jnp.int32) for shape in numbers]
+    call = partial(tpu.ragged_paged_attention, scale=head_dim**-0.5, max_query_len=1)
+    for file in dump.iterdir():
+        file.unlink()
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = jax.jit(call, donate_argnums=3).lower(q, k, k, pool, *tables)
+        problem, ((_, tile),) = tpu.plan(q, k, pool, tables[2], 0, None, 1, None)
+    started = time.process_time()
+    lowered.compile()
+    seconds = time.process_time() - started
+    kernel = "*ragged_paged_attention*-"
+    loops = loops_of(
+        next(f for f in dump.glob(kernel + "final_bundles.txt")),
+        next(f for f in dump.glob(kernel + "final_hlo-static-per-bundle-utilization.txt")),
+    )
+    return problem, tile, loops, seconds
+
+
+def row_of_table(chip: str, case: tuple[int, int, int, str], dump: Path) -> list[str]:
+    """One case's row of the table."""
+    problem, tile, loops, seconds = compile_case(chip, case, dump)
+    num_units = problem.num_kv_heads // tile.unit_heads
+    num_units *= problem.fetch_blocks // tile.compute_blocks
+    bundles, spills = item_bundles(loops, problem.fetch_blocks, num_units)
+    tokens = problem.fetch_blocks * problem.block_size
+    num_heads, num_kv_heads, head_dim, pool_dtype = case
+    size = tokens * 2 * num_kv_heads * head_dim * problem.pool_dtype.itemsize
+    copies = size / CHIPS[chip].bandwidth * CHIPS[chip].clock
+    return [
+        f"{num_heads}/{num_kv_heads}/{head_dim}", pool_dtype, str(bundles), f"{copies:.0f}",
+        f"{bundles / copies:.2f}", str(spills), f"{seconds:.1f}",
+    ]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--chip", choices=CHIPS, default="v6e")
+    chip = parser.parse_args().chip
+    with tempfile.TemporaryDirectory() as dump:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or libtpu asks a machine for its chips
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # another may be compiling
+        flags = (
+            f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_emit_annotations=true"
+        )
+        os.environ["LIBTPU_INIT_ARGS"] = flags
+        print(f"| {' | '.join(COLUMNS.split())} |")
+        print("|---|---|" + "---:|" * (len(COLUMNS.split()) - 2))
+        for case in CASES:
+            print(f"| {' | '.join(row_of_table(chip, case, Path(dump)))} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
