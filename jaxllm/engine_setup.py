@@ -151,7 +151,10 @@ def _measure(programs: StepPrograms, compiler: Compiler) -> DeviceNeeds:
     for program in wanted:
         compiler.submit(program)
     pool, *steps = (compiler.get(program.name) for program in wanted)
-    return DeviceNeeds.of(programs, pool, [StepMemory.of(step) for step in steps])
+    needs = DeviceNeeds.of(programs, pool, [StepMemory.of(step) for step in steps])
+    for program in wanted:
+        compiler.forget(program.name)
+    return needs
 
 
 def block_bytes(model: Model, block_size: int, placement: Placement) -> int:

@@ -127,7 +127,8 @@ def start_engine(model_name: str, options: EngineOptions) -> RunningEngine:
     files = find_model(model_name, revision=options.revision, cache_dir=cache_dir)
     checkpoint = _Checkpoint.open(files)
     check_num_layers(checkpoint.config, checkpoint.source)
-    compiled = None if options.compiled is None else CompiledFolder(Path(options.compiled))
+    folder = options.compiled
+    compiled = None if folder is None else CompiledFolder(Path(folder).expanduser())
     placement = real_placement(
         options.tensor_parallel_size, on_mesh=compiled is not None and compiled.on_mesh
     )

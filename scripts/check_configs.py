@@ -135,6 +135,14 @@ def check(
     return found, num_problems
 
 
+def write(figures: Mapping[str, Any]) -> None:
+    """The file of figures, a line each."""
+    lines = ",\n".join(
+        f"{json.dumps(name)}: {json.dumps(figures[name])}" for name in sorted(figures)
+    )
+    FIGURES.write_text("{\n" + lines + "\n}\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--all", action="store_true", help="every configuration and chip")
@@ -146,10 +154,7 @@ def main() -> int:
     stored = json.loads(FIGURES.read_text()) if FIGURES.is_file() else {}
     found, num_problems = check(chosen, stored)
     if arguments.refresh:
-        merged = {**stored, **found}
-        lines = ",\n".join(f"{json.dumps(n)}: {json.dumps(merged[n])}" for n in sorted(merged))
-        FIGURES.write_text("{\n" + lines + "\n}\n")
-        print(f"{len(found)} of {len(chosen)} written to {FIGURES}")
+        write({**stored, **found})
         return int(len(found) < len(chosen))
     return int(num_problems > 0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shutil
@@ -11,11 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.cli import main
+from jaxllm.compile_ahead import compile_ahead
+from jaxllm.engine_options import EngineOptions
+from jaxllm.loading.read_config import read_model_config
 from jaxllm.runtime.compiled_folder import CompiledFolderError
+from jaxllm.runtime.sharding import Placement
 
 LIMITS = {"max_model_len": 128, "max_num_seqs": 8, "max_num_batched_tokens": 32}
 FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in LIMITS.items()]
@@ -84,6 +90,43 @@ def test_another_process_compiles_nothing(
     with LLM(str(tiny_llama_folder), program_cache=False, compilation="on_demand", **LIMITS) as llm:
         expected = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
     assert tokens == [output.outputs[0].token_ids for output in expected]
+
+
+@pytest.mark.long
+def test_programs_for_a_mesh_of_one_device_run(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    """As those for a single chip are, which was only described when they were compiled."""
+    options = EngineOptions(**LIMITS)
+    placement = Placement.on(jax.devices()[:1], on_mesh=True)
+    config = read_model_config(str(tiny_llama_folder))
+    out = tmp_path / "programs"
+    done: list[str] = []
+    compile_ahead(config, options, placement, out, device_memory=None, progress=done.append)
+    assert len(done) == 1 + 4
+    outputs = []
+    for given in ({"compiled": out}, {"layer_loop": "scan", "program_cache": False}):
+        with LLM(str(tiny_llama_folder), compilation="on_demand", **LIMITS, **given) as llm:
+            outputs.append(llm.generate(PROMPTS, GREEDY, use_tqdm=False))
+    tokens, expected = ([o.outputs[0].token_ids for o in each] for each in outputs)
+    assert tokens == expected
+
+
+@pytest.mark.long
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is made for Linux on x86-64 only"
+)
+def test_programs_for_a_tpu_are_stored(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "programs"
+    flags = [*FLAGS, "--chip", "v6e", "--chips", "2", "--dtype", "bfloat16"]
+    flags += ["--kv-cache-memory-bytes", str(2**20)]
+    assert main(["compile", str(tiny_llama_folder), "--out", str(out), *flags]) == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["device"]["kind"] == "TPU v6 lite"
+    assert manifest["device"]["number"] == 2
+    assert "libtpu" in manifest["versions"]
+    assert manifest["num_blocks"] == 64  # 8 sequences of 128 tokens in blocks of 16
+    assert len(list(out.glob("*.bin"))) == len(manifest["programs"]) == 4
+    with pytest.raises(CompiledFolderError, match="device: platform was 'tpu' and is 'cpu' now"):
+        LLM(str(tiny_llama_folder), compiled=out, **LIMITS)
 
 
 def test_the_manifest_says_what_the_programs_are_for(programs: Path) -> None:

@@ -50,7 +50,7 @@ def run(folder: Path, cache: Path, dtype: str, *sizes: int) -> list[dict[str, An
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
     child = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(folder), str(cache), dtype, *map(str, sizes)],
-        env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True, timeout=400,
+        env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True, timeout=580,
     )  # fmt: skip
     assert child.returncode == 0, child.stderr[-3000:]
     return [json.loads(line) for line in child.stdout.splitlines()]

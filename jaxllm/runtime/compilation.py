@@ -270,6 +270,11 @@ class Compiler:
         self._workers.hurry(name)
         return self._futures[name].result()
 
+    def forget(self, name: Hashable) -> None:
+        """Drops a program that was compiled only to be measured."""
+        self._futures.pop(name).result()
+        self._ready.pop(name)
+
     def is_ready(self, name: Hashable) -> bool:
         """Whether `get` would return at once."""
         return name in self._ready
@@ -319,8 +324,8 @@ class Compiler:
         if self._compiled is not None:
             self.num_loaded += 1
             return self._compiled.load(program, self._placement.devices)
-        key = program_key(program, self._placement.devices)
         if self._program_cache is not None:
+            key = program_key(program, self._placement.devices)
             loaded = self._program_cache.load(key, program, self._placement.devices)
             if loaded is not None:
                 self.num_loaded += 1

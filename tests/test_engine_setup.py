@@ -1,0 +1,97 @@
+"""The size of the block pool on an accelerator, which is stood in for."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from jaxllm.engine_options import EngineOptions
+from jaxllm.engine_setup import build_model, smallest_config, with_pool
+from jaxllm.loading.read_config import read_model_config
+from jaxllm.runtime.chips import described_devices, find_chip
+from jaxllm.runtime.programs import Program
+from jaxllm.runtime.sharding import Placement, device_bytes
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is made for Linux on x86-64 only"
+)
+LLAMA = Path(__file__).parents[1] / "configs" / "models" / "llama-3.1-8b.json"
+PARAMETERS = 2 * 8_030_261_248
+BLOCK = 16 * 32 * 2 * 8 * 128 * 2
+TABLES = 64 * 128256 * 8 + 64 * 4096 * 4 + 64 * 4
+GB = 10**9
+
+
+class StandIn:
+    """A compiler whose programs say what they would take: a step 1 GB (2 GB if it only decodes) of
+    temporaries, 1 MB of code, and arguments with 1 MB of padding."""
+
+    def __init__(self) -> None:
+        self.programs: dict[Any, Program] = {}
+        self.measured: list[str] = []
+
+    def submit(self, program: Program) -> None:
+        self.programs[program.name] = program
+        self.measured.append(str(program.name))
+
+    def forget(self, name: Any) -> None:
+        del self.programs[name]
+
+    def get(self, name: Any) -> Any:
+        program = self.programs[name]
+        is_pool = name == "pool"
+        state = program.key[0] if is_pool else program.arguments[:2]
+        analysis = SimpleNamespace(
+            temp_size_in_bytes=0 if is_pool else (2 if "decode" in name else 1) * GB,
+            output_size_in_bytes=device_bytes(state) if is_pool else 10,
+            alias_size_in_bytes=0 if is_pool else 10,
+            generated_code_size_in_bytes=10**6,
+            argument_size_in_bytes=0 if is_pool else device_bytes(state) + 10**6,
+        )
+        return SimpleNamespace(memory_analysis=lambda: analysis)
+
+
+def sized(num_chips: int, **options: Any) -> tuple[Any, StandIn]:
+    given = EngineOptions(dtype="bfloat16", max_model_len=8192, max_num_seqs=64, **options)
+    placement = Placement.on(described_devices(find_chip("v6e"), num_chips), on_mesh=True)
+    model = build_model(read_model_config(str(LLAMA)), given, placement)
+    smallest, compiler = smallest_config(model, given, placement), StandIn()
+    compiler_: Any = compiler
+    return with_pool(smallest, model, given, placement, compiler_, 32 * GB), compiler
+
+
+def test_the_pool_is_what_is_left_by_the_compilers_figures() -> None:
+    config, compiler = sized(1)
+    num_programs = len(config_buckets(config)) + 2
+    left = 32 * GB - 32 * GB // 25 - PARAMETERS - 10**6 - TABLES - 2 * GB - num_programs * 10**6
+    assert config.num_blocks == left // BLOCK
+    assert compiler.measured == [
+        "pool", "mixed 2048x64, smallest pool", "decode 64x64, smallest pool",
+        "decode 8x8, smallest pool",
+    ]  # fmt: skip
+    assert not compiler.programs, "what was only measured is dropped"
+
+
+def config_buckets(config: Any) -> tuple[Any, ...]:
+    from jaxllm.runtime.buckets import plan_buckets
+
+    return plan_buckets(config.max_num_seqs, config.max_num_batched_tokens)
+
+
+def test_what_the_user_says_is_not_measured() -> None:
+    config, compiler = sized(1, kv_cache_memory_bytes=2 * GB)
+    assert config.num_blocks == 2 * GB // BLOCK
+    assert compiler.measured == []
+
+
+def test_a_pool_on_several_devices_holds_more() -> None:
+    one, eight = sized(1)[0], sized(8)[0]
+    most = 64 * 8192 // 16  # of what all sequences need
+    assert one.num_blocks < most
+    assert eight.num_blocks == most
+    assert replace(eight, num_blocks=1024) == replace(one, num_blocks=1024)
