@@ -13,9 +13,9 @@ import transformers
 from torch_reference import TorchModel, assert_greedy, log_softmax
 
 from jaxllm import LLM, SamplingParams
+from jaxllm.engine_setup import _keys_vary
 from jaxllm.loading.config_json import model_config_from_hf
 from jaxllm.outputs import RequestOutput, TokenLogprobs
-from jaxllm.startup import _keys_vary
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "Llama": {"tie_word_embeddings": True},

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -19,6 +21,7 @@ from jaxllm.config import ModelConfig
 from jaxllm.engine.engine import Engine
 from jaxllm.loading.gguf_source import GGUFFile
 from jaxllm.outputs import RequestOutput
+from jaxllm.structured_outputs import StructuredOutputsParams
 
 pytestmark = pytest.mark.long
 
@@ -190,6 +193,53 @@ def test_beam_search_is_that_of_transformers(
 def answer_rows(model: TorchModel, prompt: list[int], answer: list[int]) -> np.ndarray:
     """[number of answer tokens, V]: the logits that each token of the answer is chosen by."""
     return model.logits([*prompt, *answer])[len(prompt) - 1 : -1]
+
+
+TEXT: dict[str, Any] = {"type": "string", "maxLength": 12}
+CITY = {
+    "type": "object",
+    "properties": {
+        "name": TEXT,
+        "inhabitants": {"type": "integer", "minimum": 0, "maximum": 99_999_999},
+        "climate": {"enum": ["mild", "dry", "wet"]},
+        "rivers": {"type": "array", "items": TEXT, "maxItems": 2},
+        "mayor": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/person"}]},
+    },
+    "required": ["name", "inhabitants", "climate"],
+    "additionalProperties": False,
+    "$defs": {
+        "person": {
+            "type": "object",
+            "properties": {"born": {"type": "string", "pattern": "^[0-9]{4}$"}},
+            "required": ["born"],
+            "additionalProperties": False,
+        }
+    },
+}
+WHY = {"type": "object", "properties": {"why": TEXT}, "additionalProperties": False}
+SCHEMAS: list[dict[str, Any]] = [
+    CITY,
+    {"type": "array", "items": TEXT, "minItems": 2, "maxItems": 4},
+    {"anyOf": [{"type": "boolean"}, WHY]},
+]
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_every_answer_under_a_schema_is_an_instance_of_it(
+    float32: LLM, prompts: list[list[int]], schema: dict[str, Any]
+) -> None:
+    set_limits(float32)
+    for temperature in (0.0, 1.0):
+        params = SamplingParams(
+            temperature=temperature,
+            seed=7,
+            max_tokens=110,
+            structured_outputs=StructuredOutputsParams(json=schema),
+        )
+        for output in generate(float32, [prompt[:16] for prompt in prompts], params):
+            [answer] = output.outputs
+            assert answer.finish_reason == "stop", answer.text
+            jsonschema.validate(json.loads(answer.text), schema)
 
 
 def margins(rows: list[np.ndarray], best: list[np.ndarray]) -> np.ndarray:

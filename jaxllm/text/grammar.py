@@ -12,7 +12,7 @@ from jaxllm.structured_outputs import StructuredOutputsParams
 # that may write any space at all often writes nothing else.
 JSON_OPTIONS: dict[str, Any] = {
     "whitespace_flexible": False,
-    "whitespace_pattern": r"( |\n {0,32})?",
+    "whitespace_pattern": r"( |\n {0,12})?",
 }
 
 
