@@ -15,6 +15,7 @@ from jaxllm.structured_outputs import StructuredOutputsParams
 
 DEFAULTS = {
     "n": 1,
+    "best_of": None,
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
     "repetition_penalty": 1.0,
@@ -42,7 +43,9 @@ DEFAULTS = {
 FLOATS = (
     "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "min_p",
 )  # fmt: skip
-INTEGERS = ("n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs")
+INTEGERS = (
+    "n", "best_of", "top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs",
+)  # fmt: skip
 FLAGS = ("include_stop_str_in_output", "ignore_eos", "detokenize", "skip_special_tokens")
 
 
@@ -54,6 +57,7 @@ def test_defaults() -> None:
     ("name", "values"),
     [
         ("n", [1, 16384]),
+        ("best_of", [1, 16384]),
         ("presence_penalty", [-2, 2, 0.5]),
         ("frequency_penalty", [-2, 2, 0.5]),
         ("repetition_penalty", [1e-30, 0.5, 1e30]),
@@ -77,8 +81,9 @@ def test_values_at_the_ends_of_a_range_are_taken(name: str, values: list[Any]) -
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("n", 0), ("n", 16385), ("presence_penalty", -2.1), ("presence_penalty", 2.1),
-        ("frequency_penalty", -2.1), ("frequency_penalty", 2.1), ("repetition_penalty", 0),
+        ("n", 0), ("n", 16385), ("best_of", 0), ("best_of", 16385),
+        ("presence_penalty", -2.1), ("presence_penalty", 2.1), ("frequency_penalty", -2.1),
+        ("frequency_penalty", 2.1), ("repetition_penalty", 0),
         ("repetition_penalty", -1), ("repetition_penalty", 1e-50), ("repetition_penalty", 1e300),
         ("temperature", -0.1), ("temperature", 2.1), ("top_p", 0), ("top_p", 1.1), ("top_k", -2),
         ("top_k", 2**31), ("min_p", -0.1), ("min_p", 1.1), ("seed", 2**63),
@@ -152,6 +157,8 @@ def test_a_form_that_cannot_be(options: dict[str, Any], message: str) -> None:
     [
         ({"min_tokens": 5, "max_tokens": 4}, "min_tokens .5. must not exceed max_tokens .4."),
         ({"n": 2, "temperature": 0}, "n must be 1 with temperature 0"),
+        ({"best_of": 2, "temperature": 0}, "best_of must be 1 with temperature 0"),
+        ({"n": 3, "best_of": 2}, "best_of must be an integer in \\[3, 16384\\]"),
         ({"stop": "x", "detokenize": False}, "stop strings need detokenize"),
         ({"allowed_token_ids": [1, 2], "banned_token_ids": [2, 1, 3]}, "leaves nothing"),
     ],

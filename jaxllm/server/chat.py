@@ -134,7 +134,9 @@ def _tool_choice(choice: NamedToolChoice | ToolChoiceMode | None) -> ToolChoice:
 def _search(
     body: ChatRequest, context: ServerContext, form: AnswerFormat
 ) -> BeamSearchParams | None:
-    structured = {} if form.structured is None else {form.structured.source: form.structured}
+    structured: dict[str, Any] = {}
+    if form.structured is not None:
+        structured = {form.structured.source: form.structured}
     return search_params(
         body,
         body,
