@@ -108,6 +108,7 @@ def as_json(model: str, plan: Plan) -> dict[str, Any]:
             "block": plan.block,
         },
         "temporaries_from": "compiler" if plan.is_compiled else "not compiled",
+        "pool_is_copied": plan.pool_is_copied,
         "users": [
             {
                 "context": users.context,
@@ -171,6 +172,11 @@ def as_text(model: str, plan: Plan) -> list[str]:
             else (" not compiled, since it cannot fit")
         )
         lines.append(f"  {name:<24}{text}")
+    if plan.pool_is_copied:
+        lines.append(
+            "  the compiled steps copy the block pool: temporaries grow with it, and fewer"
+        )
+        lines.append("  users fit than are said below")
     lines += _times(plan)
     if plan.advice:
         lines += ["", "what would fit, each alone:", *(f"  {text}" for text in plan.advice)]
