@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from jaxllm.planning import Bound, Plan
 
 GIB = 1 << 30
+# Engine options that change no program, or only how a running engine gets its programs.
+NOT_PLANNED = (
+    "tokenizer", "enable_prefix_caching", "scheduling_policy", "max_num_waiting", "seed", "overlap",
+    "compilation", "compiled", "forbid_compile", "profile_dir", "program_cache",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
