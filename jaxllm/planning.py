@@ -28,7 +28,7 @@ from jaxllm.runtime import memory
 from jaxllm.runtime.buckets import fitting
 from jaxllm.runtime.chips import Chip, described_devices
 from jaxllm.runtime.compilation import lower
-from jaxllm.runtime.cost import collective_bytes, compile_for_text, product_flops
+from jaxllm.runtime.cost import collective_bytes, compile_for_text, copies, product_flops
 from jaxllm.runtime.memory import StepMemory
 from jaxllm.runtime.programs import StepPrograms
 from jaxllm.runtime.sharding import AXIS, Placement, device_bytes
@@ -84,7 +84,8 @@ class Plan:
     programs: int
     reserve: int
     block: int
-    is_compiled: bool  # else temporaries are an upper bound from shapes
+    is_compiled: bool  # else nothing is known of temporaries
+    pool_is_copied: bool = False  # then temporaries grow with the pool, beyond what is said
     users: tuple[Users, ...] = ()
     one_user: Bound | None = None
     prompt_len: int = 0
@@ -116,6 +117,7 @@ class Planner:
         self.programs = _programs(config, options, placement)
         self._flops: dict[Bucket, float] = {}  # of one device
         self._sent: dict[Bucket, float] = {}
+        self._copies_pool = False
 
     def plan(self, prompt_len: int) -> Plan:
         """Compiles what it needs to know; less where it is clear that the model does not fit."""
@@ -132,6 +134,7 @@ class Planner:
         plan = replace(
             plan,
             is_compiled=True,
+            pool_is_copied=self._copies_pool,
             parameters=needs.parameters,
             block=needs.block,
             temporaries=needs.step.temporaries,
@@ -166,6 +169,8 @@ class Planner:
         self._flops[bucket] = product_flops(traced.jaxpr.jaxpr) / placement.num_devices
         compiled, hlo = compile_for_text(lowered)
         self._sent[bucket] = collective_bytes(hlo, placement.num_devices)
+        pool: Any = self.programs.state.kv_pool
+        self._copies_pool |= copies(hlo, pool)
         return StepMemory.of(compiled)
 
     def _cost(self, bucket: Bucket) -> tuple[float, float]:

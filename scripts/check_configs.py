@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -24,7 +23,7 @@ from jaxllm.engine_setup import build_model, smallest_config, step_options
 from jaxllm.loading.read_config import read_model_config
 from jaxllm.runtime.chips import described_devices, find_chip
 from jaxllm.runtime.compilation import lower
-from jaxllm.runtime.cost import compile_for_text
+from jaxllm.runtime.cost import compile_for_text, copies
 from jaxllm.runtime.memory import StepMemory
 from jaxllm.runtime.programs import StepPrograms
 from jaxllm.runtime.sharding import Placement, device_bytes
@@ -79,16 +78,8 @@ def measure(name: str) -> dict[str, Any]:
     return {
         "bucket": str(bucket),
         "temporaries": StepMemory.of(compiled).temporaries,
-        "pool_is_copied": copies_pool(hlo, pool) or aliased < device_bytes(pool),
+        "pool_is_copied": copies(hlo, pool) or aliased < device_bytes(pool),
     }
-
-
-def copies_pool(hlo: str, pool: Any) -> bool:
-    """Whether the optimized program has an instruction that makes another array of the pool's
-    shape: a copy, also to another layout."""
-    shape = pool.sharding.shard_shape(pool.shape)
-    text = f"[{','.join(map(str, shape))}]"
-    return any(text in made for made in re.findall(r" = (.*?) copy(?:-start)?\(", hlo))
 
 
 def _programs(setup: Setup, chip_name: str) -> StepPrograms:

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -49,23 +48,6 @@ def test_every_problem_is_counted(script: Any, capsys: pytest.CaptureFixture[str
     found, num_problems = script.check(["good", "new", "broken"], {"good": BEFORE}, measured)
     assert (sorted(found), num_problems) == (["good", "new"], 2)
     assert "broken: does not compile: RESOURCE_EXHAUSTED" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("instruction", "expected"),
-    [
-        ("%copy.1 = bf16[4,8,16]{2,1,0} copy(%pool)", True),
-        ("%s = (bf16[4,8,16]{0,1,2}, bf16[4,8,16]{2,1,0}, u32[]) copy-start(%pool)", True),
-        ("%copy.1 = bf16[4,8]{1,0} copy(%other)", False),
-        ("%pool = bf16[4,8,16]{2,1,0} get-tuple-element(%state), index=0", False),
-        ("%f = bf16[4,8,16]{2,1,0} fusion(%pool, %copy.2), kind=kCustom", False),
-    ],
-)
-def test_a_copy_of_the_pool_is_found(script: Any, instruction: str, expected: bool) -> None:
-    mesh = jax.sharding.Mesh(jax.devices()[:1], ("tensor",))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    pool = jax.ShapeDtypeStruct((4, 8, 16), "bfloat16", sharding=sharding)
-    assert script.copies_pool(f"ENTRY %main {{\n  {instruction}\n}}\n", pool) == expected
 
 
 def test_every_program_of_ci_has_figures(script: Any) -> None:

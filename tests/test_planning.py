@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from jaxllm import planning
 from jaxllm.cli import main
+from jaxllm.cli.plan import as_json, as_text
 from jaxllm.engine_options import EngineOptions
 from jaxllm.loading.read_config import read_model_config
 from jaxllm.planning import Bound, Plan, Planner
@@ -57,6 +59,14 @@ def test_bytes_by_hand() -> None:
         assert users.in_memory == plan.pool // plan.block // (users.context // 16)
         assert users.at_once == min(64, users.in_memory)
     assert [users.context for users in plan.users] == [1024, 4096, 8192]
+
+
+def test_a_pool_that_is_copied_is_said() -> None:
+    plan = plan_for("v6e", 1, max_model_len=8192)
+    for copied in (False, True):
+        text = "\n".join(as_text("m", replace(plan, pool_is_copied=copied)))
+        assert ("the compiled steps copy the block pool" in text) == copied
+        assert as_json("m", replace(plan, pool_is_copied=copied))["pool_is_copied"] == copied
 
 
 def test_eight_chips_share_weights_and_pool() -> None:

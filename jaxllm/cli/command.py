@@ -124,13 +124,13 @@ def _parser() -> argparse.ArgumentParser:
     command = _add(commands, "plan", "whether a model fits on chips, and how fast it is", plan.run)
     _add_model(command)
     plan.add_arguments(command)
-    ENGINE.add_flags(command)
+    ENGINE.add_flags(command, skip=plan.NOT_PLANNED)
 
     what = "compile all programs into a folder for --compiled"
     command = _add(commands, "compile", what, compile.run)
     _add_model(command)
     compile.add_arguments(command)
-    ENGINE.add_flags(command)
+    ENGINE.add_flags(command, skip=plan.NOT_PLANNED)
 
     _add_bench(commands)
 

@@ -20,7 +20,7 @@ def run(arguments: argparse.Namespace) -> int:
     settings = read_settings(arguments)
     options = settings.engine_options()
     if options.compiled is not None:
-        raise UsageError("--compiled is for programs that are there already; leave it out")
+        raise UsageError("compiled in [engine] is for programs that are there already")
     if arguments.chip is None and arguments.chips is not None:
         raise UsageError("--chips needs --chip; without it give --tensor-parallel-size")
     from jaxllm.compile_ahead import compile_ahead

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from jaxllm.planning import Bound, Plan
 
 GIB = 1 << 30
+# Engine options that change no program, or only how a running engine gets its programs.
+NOT_PLANNED = (
+    "tokenizer", "enable_prefix_caching", "scheduling_policy", "max_num_waiting", "seed", "overlap",
+    "compilation", "compiled", "forbid_compile", "profile_dir", "program_cache",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,6 +113,7 @@ def as_json(model: str, plan: Plan) -> dict[str, Any]:
             "block": plan.block,
         },
         "temporaries_from": "compiler" if plan.is_compiled else "not compiled",
+        "pool_is_copied": plan.pool_is_copied,
         "users": [
             {
                 "context": users.context,
@@ -171,6 +177,11 @@ def as_text(model: str, plan: Plan) -> list[str]:
             else (" not compiled, since it cannot fit")
         )
         lines.append(f"  {name:<24}{text}")
+    if plan.pool_is_copied:
+        lines.append(
+            "  the compiled steps copy the block pool: temporaries grow with it, and fewer"
+        )
+        lines.append("  users fit than are said below")
     lines += _times(plan)
     if plan.advice:
         lines += ["", "what would fit, each alone:", *(f"  {text}" for text in plan.advice)]

@@ -86,6 +86,15 @@ def collective_bytes(hlo: str, num_devices: int) -> float:
     return total(entry)
 
 
+def copies(hlo: str, array: jax.ShapeDtypeStruct) -> bool:
+    """Whether a program makes another array of the shape that one has on a device: a copy of it,
+    also to another layout."""
+    assert array.sharding is not None
+    shape = array.sharding.shard_shape(array.shape)
+    text = f"[{','.join(map(str, shape))}]"
+    return any(text in made for made in re.findall(r" = (.*?) copy(?:-start)?\(", hlo))
+
+
 def _parse(hlo: str, num_devices: int) -> tuple[dict[str, _Computation], str]:
     computations: dict[str, _Computation] = {}
     entry, current = "", _Computation()

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxllm.runtime.cost import collective_bytes, product_flops
+from jaxllm.runtime.cost import collective_bytes, copies, product_flops
 
 A = jax.ShapeDtypeStruct((8, 16), jnp.float32)
 B = jax.ShapeDtypeStruct((16, 16), jnp.float32)
@@ -107,3 +107,20 @@ def test_kinds_of_collectives() -> None:
     assert sent("f8e4m3fn[8]{0} collective-permute(%p)") == 8
     assert sent("s8[8]{0} collective-permute(%p)") == 8
     assert sent("f32[8]{0} add(%p, %p)") == 0
+
+
+@pytest.mark.parametrize(
+    ("instruction", "expected"),
+    [
+        ("%copy.1 = bf16[4,8,16]{2,1,0} copy(%pool)", True),
+        ("%s = (bf16[4,8,16]{0,1,2}, bf16[4,8,16]{2,1,0}, u32[]) copy-start(%pool)", True),
+        ("%copy.1 = bf16[4,8]{1,0} copy(%other)", False),
+        ("%pool = bf16[4,8,16]{2,1,0} get-tuple-element(%state), index=0", False),
+        ("%f = bf16[4,8,16]{2,1,0} fusion(%pool, %copy.2), kind=kCustom", False),
+    ],
+)
+def test_a_copy_of_the_pool_is_found(instruction: str, expected: bool) -> None:
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("tensor",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    pool = jax.ShapeDtypeStruct((4, 8, 16), "bfloat16", sharding=sharding)
+    assert copies(f"ENTRY %main {{\n  {instruction}\n}}\n", pool) == expected
