@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,7 @@ def ragged_paged_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """Every case that api.py describes and tpu_layout.unsupported allows. sizes: None for those of
     block_sizes.py."""
-    num_tokens, num_heads, head_dim = q.shape
+    num_tokens, num_heads = q.shape[:2]
     num_kv_heads = k.shape[1]
     problem, tiles = plan(q, k, kv_pool, block_tables, window, soft_cap, max_query_len, sizes)
     segment_tokens = problem.segment_rows * problem.layout.fold
@@ -233,8 +234,8 @@ def write_segments(
     """The segments of blocks that new tokens go to, [5, I], and [2] how many there are: with
     one token each, which come first, and in all.
 
-    Columns: block; row in it; the token, counted from segment_tokens before the first, that would be
-    the segment's token 0; from which to which of its tokens it is written.
+    Columns: block; row in it; the token that would be the segment's token 0, counted from
+    segment_tokens before the first; from which to which of its tokens it is written.
     """
     num_seqs = seq_lens.shape[0]
     num_single, num_real = distribution[0], distribution[2]
@@ -311,7 +312,7 @@ def _call(
     )(*prefetched, *inputs)
 
 
-def _scratch(p: Problem, largest: QueryTile) -> list[object]:
+def _scratch(p: Problem, largest: QueryTile) -> list[Any]:
     num_tokens, num_rows = largest.num_tokens, p.num_rows(largest.num_tokens)
     heads, words, lanes = p.num_kv_heads, p.num_kv_heads * p.group_words, p.layout.lanes
     segment = (p.num_segment_slots, heads, p.segment_rows, lanes)
@@ -334,12 +335,12 @@ def _scratch(p: Problem, largest: QueryTile) -> list[object]:
     ]
 
 
-def _vmem_bytes(scratch: list[object]) -> int:
+def _vmem_bytes(scratch: list[Any]) -> int:
     """Of scratch in VMEM, with rows padded to whole tiles."""
     total = 0
     for memory in scratch:
         if getattr(memory, "memory_space", None) is pltpu.VMEM:
-            *leading, rows, lanes = memory.shape  # type: ignore[attr-defined]
-            size = jnp.dtype(memory.dtype).itemsize  # type: ignore[attr-defined]
+            *leading, rows, lanes = memory.shape
+            size = jnp.dtype(memory.dtype).itemsize
             total += math.prod(leading) * -(-rows // SUBLANES) * SUBLANES * lanes * size
     return total

@@ -27,12 +27,13 @@ NUM_PLANS = 8  # a power of two, at least NUM_SLOTS + PLANNED_AHEAD
 NUM_SLOTS = 4  # a power of two: items whose blocks are in VMEM
 FETCHED_AHEAD = NUM_SLOTS - 1  # items whose copies run while one is computed
 PLANNED_AHEAD = 4  # items before that whose block table is on its way
+COPIES_AT_ONCE = 8  # copies started in one stretch of code
 TABLE_ALIGNMENT = 128  # entries; where a copy from a block table may begin
 SUBLANES = 8
 # Columns of the list of segments that are written, see tpu.write_segments.
 BLOCK, ROW, TOKEN, FROM, TO = range(5)
 
-Scalar = jax.Array | int
+Scalar = Any  # an int or a traced int32
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Problem:
         return self.layout.lanes - self.layout.value_lanes.start
 
     def num_rows(self, num_tokens: int) -> int:
-        """Rows of a key head for a tile of queries, streams outermost, whole sublanes of 32 bits."""
+        """Rows of a key head for a tile of queries, streams outermost, whole sublanes."""
         rows = self.layout.fold * self.group_words * num_tokens * self.rows_of_word
         return -(-rows // SUBLANES) * SUBLANES
 
@@ -182,16 +183,16 @@ def _write_segments(
 
     def step(j: Scalar, _: None) -> None:
         @pl.when(j < count)
-        def _() -> None:
+        def read() -> None:
             @pl.when(j >= p.num_segment_slots)
-            def _() -> None:
+            def make_room() -> None:
                 write(first + j - p.num_segment_slots).wait()
 
             for copy in reads(first + j):
                 copy.start()
 
         @pl.when(j >= ahead)
-        def _() -> None:
+        def merge() -> None:
             i = first + j - ahead
             for copy in reads(i):
                 copy.wait()
@@ -277,11 +278,11 @@ NUM_FIELDS = 9
 def attend(refs: Refs, p: Problem, tile: QueryTile, first: Scalar, last: Scalar) -> None:
     """Computes the queries of sequences first to last."""
 
-    def unfinished(state: tuple[jax.Array, ...]) -> jax.Array:
+    def unfinished(state: tuple[Any, ...]) -> jax.Array:
         tick, num_planned, s = state[:3]
         return (s < last) | (tick < num_planned)
 
-    def step(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def step(state: tuple[Any, ...]) -> tuple[Any, ...]:
         tick, num_planned, s, query_tile, kv_tile, num_tiles = state
         can_plan = s < last
         cursor = (s, query_tile, kv_tile, num_tiles)
@@ -372,7 +373,14 @@ def _fetch(refs: Refs, p: Problem, tile: QueryTile, item: Scalar) -> None:
             refs.pool.at[refs.layer[0], block], refs.kv.at[slot, j], refs.kv_sem.at[slot]
         ).start()
 
-    lax.fori_loop(0, refs.plans[plan, NUM_BLOCKS], start, None)
+    def start_several(i: Scalar, _: None) -> None:
+        for j in range(COPIES_AT_ONCE):
+            start(i * COPIES_AT_ONCE + j, None)
+
+    num_blocks = refs.plans[plan, NUM_BLOCKS]
+    whole = num_blocks // COPIES_AT_ONCE
+    lax.fori_loop(0, whole, start_several, None)
+    lax.fori_loop(whole * COPIES_AT_ONCE, num_blocks, start, None)
 
     @pl.when(refs.plans[plan, IS_FIRST] == 1)
     def _() -> None:
@@ -528,7 +536,7 @@ def _attend_unit(
     blocks = pl.ds(block, tile.compute_blocks)
     rows = pl.ds(pl.multiple_of(row, SUBLANES), tile.unit_rows)
     words = tile.unit_rows // p.rows_of_word
-    word_row = row if isinstance(row, int) else row // tile.unit_rows * words
+    word_row: Scalar = row if isinstance(row, int) else row // tile.unit_rows * words
     word_rows = pl.ds(pl.multiple_of(word_row, math.gcd(words, SUBLANES)), words)
     visible = _visible(refs, p, tile, plan, block, row) if masked else None  # [rows, columns]
     precision = lax.Precision.HIGHEST if p.compute_dtype == jnp.float32 else None
