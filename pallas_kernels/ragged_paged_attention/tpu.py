@@ -31,6 +31,7 @@ from pallas_kernels.ragged_paged_attention.tpu_kernel import (
 from pallas_kernels.ragged_paged_attention.tpu_layout import pool_layout, values_of, words_of
 
 LOG2_E = math.log2(math.e)
+PREFILL_HEADS = 4  # whose products are interleaved, beyond decoding
 SEGMENT_BYTES = 4 << 20  # of VMEM for blocks on their way through a write
 VMEM_RESERVE = 8 << 20  # for what the compiler puts there beside the scratch
 
@@ -136,13 +137,15 @@ def _tiles(
     def blocks(tokens: int) -> int:
         return max(1, min(tokens // p.block_size, p.fetch_blocks))
 
-    single = QueryTile(1, p.num_rows(1), sizes.decode_heads, blocks(sizes.decode_tokens))
+    heads, decode_blocks = sizes.decode_heads, blocks(sizes.decode_tokens)
+    single = QueryTile(1, p.num_rows(1), heads, decode_blocks, stage_lag=heads)
     if max_query_len == 1:
         return ((0, single),)
 
     def several(num_tokens: int) -> QueryTile:
         unit_rows = math.gcd(p.num_rows(num_tokens), sizes.unit_rows)
-        return QueryTile(num_tokens, unit_rows, 1, blocks(sizes.prefill_tokens))
+        heads = math.gcd(p.num_kv_heads, PREFILL_HEADS)
+        return QueryTile(num_tokens, unit_rows, heads, blocks(sizes.prefill_tokens), stage_lag=1)
 
     few = several(FEW_TOKENS)
     if max_query_len is not None and max_query_len <= FEW_TOKENS:

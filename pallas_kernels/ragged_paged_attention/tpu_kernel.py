@@ -44,6 +44,7 @@ class QueryTile:
     unit_rows: int  # query rows of one product
     unit_heads: int  # key heads whose products are interleaved
     compute_blocks: int  # blocks of one product
+    stage_lag: int  # heads between one stage and the next; the logits of as many are held
 
 
 @dataclass(frozen=True)
@@ -530,7 +531,8 @@ def _attend_unit(
 ) -> None:  # fmt: skip
     """unit_rows rows of unit_heads heads against compute_blocks blocks from `block` on.
 
-    Heads go through each stage together, so that the units of the chip do not wait for one.
+    A head is stage_lag heads behind in the next stage, so that the units of the chip have work
+    while one waits for another.
     """
     heads = [first_head + i for i in range(tile.unit_heads)]
     blocks = pl.ds(block, tile.compute_blocks)
@@ -546,16 +548,14 @@ def _attend_unit(
         values = refs.kv[slot, blocks, h, :, lanes]  # [blocks, B / R, lanes]
         return values.reshape(-1, values.shape[-1]).astype(p.compute_dtype)
 
-    logits = []
-    for h in heads:
+    def logits_of(h: Scalar) -> jax.Array:
         q = pltpu.bitcast(refs.q_rows[h, word_rows], p.compute_dtype)  # [rows, key lanes]
         x = product(q, stored(h, p.layout.key_lanes), (((1,), (1,)), ((), ())))
         if p.soft_cap is not None:
             x = jnp.tanh(x * refs.scales[0, h])
-        logits.append(x if visible is None else jnp.where(visible, x, MASKED))
+        return x if visible is None else jnp.where(visible, x, MASKED)
 
-    weights = []
-    for h, x in zip(heads, logits, strict=True):
+    def weigh(h: Scalar, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         scale = refs.scales[1, h]
         old_max = refs.maxima[h, rows]  # [rows, 128], all lanes the same
         new_max = jnp.maximum(old_max, jnp.max(x, axis=1, keepdims=True))
@@ -563,11 +563,20 @@ def _attend_unit(
         kept = jnp.exp2((old_max - new_max) * scale)
         refs.maxima[h, rows] = new_max
         refs.sums[h, rows] = kept * refs.sums[h, rows] + _folded(weight)
-        weights.append((weight.astype(p.compute_dtype), kept))
+        return weight.astype(p.compute_dtype), kept
 
-    for h, (weight, kept) in zip(heads, weights, strict=True):
+    def accumulate(h: Scalar, weight: jax.Array, kept: jax.Array) -> None:
         update = product(weight, stored(h, p.layout.value_lanes), (((1,), (0,)), ((), ())))
         refs.acc[h, rows] = _repeated(kept, p.value_width) * refs.acc[h, rows] + update
+
+    lag, logits, weights = tile.stage_lag, {}, {}
+    for now in range(len(heads) + 2 * lag):
+        if now < len(heads):
+            logits[now] = logits_of(heads[now])
+        if 0 <= now - lag < len(heads):
+            weights[now - lag] = weigh(heads[now - lag], logits.pop(now - lag))
+        if 0 <= now - 2 * lag < len(heads):
+            accumulate(heads[now - 2 * lag], *weights.pop(now - 2 * lag))
 
 
 def _repeated(x: jax.Array, width: int) -> jax.Array:
