@@ -94,7 +94,7 @@ def item_bundles(loops: list[Loop], num_blocks: int, num_units: int) -> tuple[in
     inside it. The first loop inside starts copies, COPIES_AT_ONCE of them; the products' runs
     num_units times; the others belong to a sequence's beginning or end.
     """
-    from pallas_kernels.ragged_paged_attention.tpu_kernel import COPIES_AT_ONCE
+    from pallas_kernels.ragged_paged_attention.tpu_problem import COPIES_AT_ONCE
 
     starts = [i for i, loop in enumerate(loops) if loop.depth == 1]
     groups = [loops[a:b] for a, b in zip(starts, [*starts[1:], len(loops)], strict=True)]

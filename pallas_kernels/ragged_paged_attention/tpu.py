@@ -17,18 +17,21 @@ from pallas_kernels.ragged_paged_attention.block_sizes import (
     block_sizes,
 )
 from pallas_kernels.ragged_paged_attention.layout import new_elements, token_rows
-from pallas_kernels.ragged_paged_attention.tpu_kernel import (
+from pallas_kernels.ragged_paged_attention.tpu_kernel import NUM_FIELDS, kernel
+from pallas_kernels.ragged_paged_attention.tpu_layout import (
     LANES,
-    NUM_FIELDS,
+    pool_layout,
+    values_of,
+    words_of,
+)
+from pallas_kernels.ragged_paged_attention.tpu_problem import (
     NUM_PLANS,
     NUM_SLOTS,
     SUBLANES,
     TABLE_ALIGNMENT,
     Problem,
     QueryTile,
-    kernel,
 )
-from pallas_kernels.ragged_paged_attention.tpu_layout import pool_layout, values_of, words_of
 
 LOG2_E = math.log2(math.e)
 PREFILL_HEADS = 4  # whose products are interleaved, beyond decoding
