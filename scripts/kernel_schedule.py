@@ -39,9 +39,9 @@ CHIPS = {
 }
 # query heads, key heads, head size, the pool's type
 CASES = [
-    (32, 8, 128, "bfloat16"), (64, 8, 128, "bfloat16"), (28, 4, 128, "bfloat16"),
-    (40, 8, 128, "bfloat16"), (9, 3, 64, "bfloat16"), (16, 16, 64, "bfloat16"),
-    (32, 8, 128, "int8"), (32, 8, 128, "float8_e4m3fn"), (32, 8, 128, "float8_e5m2"),
+    (32, 8, 128, "bfloat16"), (9, 3, 64, "bfloat16"), (32, 8, 128, "int8"),
+    (32, 8, 128, "float8_e4m3fn"), (16, 16, 64, "bfloat16"), (28, 4, 128, "bfloat16"),
+    (64, 8, 128, "bfloat16"), (40, 8, 128, "bfloat16"), (32, 8, 128, "float8_e5m2"),
 ]  # fmt: skip
 BLOCK_SIZE = 32
 NUM_SEQS, NUM_BLOCKS, TABLE_LEN = 64, 512, 256
@@ -62,7 +62,7 @@ def loops_of(bundles: Path, utilization: Path) -> list[Loop]:
     rows = re.findall(r"^[\d ]+$", utilization.read_text().split("UTILIZATION:")[1], re.M)
     names = [
         n.strip() for n in re.search(r"^MATMUL.*$", utilization.read_text(), re.M)[0].split(",")
-    ]  # type: ignore[index]
+    ]
     spill, product = names.index("VSTORE:SPILL"), names.index("MATMUL")
     pattern = re.compile(r"^\s*0x([0-9a-f]+)\s+(LB)?[A-Z]*\s*:\s*(>*)\s*(\{\})?", re.M)
     loops: list[list[int]] = []
@@ -90,15 +90,18 @@ def loops_of(bundles: Path, utilization: Path) -> list[Loop]:
 def item_bundles(loops: list[Loop], num_blocks: int, num_units: int) -> tuple[int, int]:
     """Bundles and spills of one full item of the decoding loop.
 
-    That loop is the last of the outermost ones that computes products, in itself or in a loop inside
-    it. The first loop inside starts the copies, one a block; the products' runs num_units times;
-    the others belong to a sequence's beginning or end.
+    That loop is the last of the outermost ones that computes products, in itself or in a loop
+    inside it. The first loop inside starts copies, COPIES_AT_ONCE of them; the products' runs
+    num_units times; the others belong to a sequence's beginning or end.
     """
+    from pallas_kernels.ragged_paged_attention.tpu_problem import COPIES_AT_ONCE
+
     starts = [i for i, loop in enumerate(loops) if loop.depth == 1]
     groups = [loops[a:b] for a, b in zip(starts, [*starts[1:], len(loops)], strict=True)]
     outer, *inner = next(g for g in reversed(groups) if any(loop.products for loop in g))
     computing = [loop for loop in inner if loop.products]
-    total = outer.own + inner[0].own * num_blocks + sum(l.own for l in computing) * num_units
+    starting = inner[0].own * num_blocks // COPIES_AT_ONCE
+    total = outer.own + starting + sum(loop.own for loop in computing) * num_units
     return total, outer.spills + sum(loop.spills for loop in computing)
 
 

@@ -159,8 +159,8 @@ def _check(
     is_logical = kv_pool.ndim == 5 and kv_pool.shape[3:] == (2 * num_kv_heads, head_dim)
     if not is_logical and not is_physical(kv_pool.shape, num_kv_heads, head_dim):
         fail(
-            f"kv_pool {kv_pool.shape} is neither [L, N, B, {2 * num_kv_heads}, {head_dim}] nor, for "
-            f"TPU, [L, N, {num_kv_heads}, B / R, {pool_layout(head_dim).lanes}]"
+            f"kv_pool {kv_pool.shape} is neither [L, N, B, {2 * num_kv_heads}, {head_dim}] nor, "
+            f"for TPU, [L, N, {num_kv_heads}, B / R, {pool_layout(head_dim).lanes}]"
         )
     num_seqs = seq_lens.shape[0]
     if block_tables.ndim != 2 or block_tables.shape[0] != num_seqs:

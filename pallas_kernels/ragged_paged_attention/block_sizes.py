@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 TUNED = Path(__file__).parent / "tuned"
-ITEM_BYTES = 2 << 20  # of one fetch: long enough to hide the latency of the next
+ITEM_BYTES = 4 << 20  # of one fetch: long enough to hide the latency of the next
 DECODE_ROWS = 4096  # of the pool times heads, in one stretch of code without a loop
 PREFILL_ROWS = 512  # query rows of a key head
 PREFILL_UNIT_ROWS = 128
@@ -17,8 +17,8 @@ FEW_TOKENS = 8  # of a tile for sequences with a few new tokens
 
 
 class BlockSizes(NamedTuple):
-    """fetch_tokens: context of one item, that is of one wait. decode_tokens, prefill_tokens: context
-    of one product. decode_heads: key heads whose products are interleaved. query_tokens: new tokens
+    """fetch_tokens: context of one item, that is of one wait. decode_tokens, prefill_tokens: of
+    one product. decode_heads: key heads whose products are interleaved. query_tokens: new tokens
     of a tile; unit_rows: query rows of one product."""
 
     fetch_tokens: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +17,24 @@ from pallas_kernels.ragged_paged_attention.block_sizes import (
     block_sizes,
 )
 from pallas_kernels.ragged_paged_attention.layout import new_elements, token_rows
-from pallas_kernels.ragged_paged_attention.tpu_kernel import (
+from pallas_kernels.ragged_paged_attention.tpu_kernel import NUM_FIELDS, kernel
+from pallas_kernels.ragged_paged_attention.tpu_layout import (
     LANES,
-    NUM_FIELDS,
+    pool_layout,
+    values_of,
+    words_of,
+)
+from pallas_kernels.ragged_paged_attention.tpu_problem import (
     NUM_PLANS,
     NUM_SLOTS,
     SUBLANES,
     TABLE_ALIGNMENT,
     Problem,
     QueryTile,
-    kernel,
 )
-from pallas_kernels.ragged_paged_attention.tpu_layout import pool_layout, values_of, words_of
 
 LOG2_E = math.log2(math.e)
+PREFILL_HEADS = 4  # whose products are interleaved, beyond decoding
 SEGMENT_BYTES = 4 << 20  # of VMEM for blocks on their way through a write
 VMEM_RESERVE = 8 << 20  # for what the compiler puts there beside the scratch
 
@@ -57,7 +62,7 @@ def ragged_paged_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """Every case that api.py describes and tpu_layout.unsupported allows. sizes: None for those of
     block_sizes.py."""
-    num_tokens, num_heads, head_dim = q.shape
+    num_tokens, num_heads = q.shape[:2]
     num_kv_heads = k.shape[1]
     problem, tiles = plan(q, k, kv_pool, block_tables, window, soft_cap, max_query_len, sizes)
     segment_tokens = problem.segment_rows * problem.layout.fold
@@ -135,13 +140,15 @@ def _tiles(
     def blocks(tokens: int) -> int:
         return max(1, min(tokens // p.block_size, p.fetch_blocks))
 
-    single = QueryTile(1, p.num_rows(1), sizes.decode_heads, blocks(sizes.decode_tokens))
+    heads, decode_blocks = sizes.decode_heads, blocks(sizes.decode_tokens)
+    single = QueryTile(1, p.num_rows(1), heads, decode_blocks, stage_lag=heads)
     if max_query_len == 1:
         return ((0, single),)
 
     def several(num_tokens: int) -> QueryTile:
         unit_rows = math.gcd(p.num_rows(num_tokens), sizes.unit_rows)
-        return QueryTile(num_tokens, unit_rows, 1, blocks(sizes.prefill_tokens))
+        heads = math.gcd(p.num_kv_heads, PREFILL_HEADS)
+        return QueryTile(num_tokens, unit_rows, heads, blocks(sizes.prefill_tokens), stage_lag=1)
 
     few = several(FEW_TOKENS)
     if max_query_len is not None and max_query_len <= FEW_TOKENS:
@@ -233,8 +240,8 @@ def write_segments(
     """The segments of blocks that new tokens go to, [5, I], and [2] how many there are: with
     one token each, which come first, and in all.
 
-    Columns: block; row in it; the token, counted from segment_tokens before the first, that would be
-    the segment's token 0; from which to which of its tokens it is written.
+    Columns: block; row in it; the token that would be the segment's token 0, counted from
+    segment_tokens before the first; from which to which of its tokens it is written.
     """
     num_seqs = seq_lens.shape[0]
     num_single, num_real = distribution[0], distribution[2]
@@ -311,7 +318,7 @@ def _call(
     )(*prefetched, *inputs)
 
 
-def _scratch(p: Problem, largest: QueryTile) -> list[object]:
+def _scratch(p: Problem, largest: QueryTile) -> list[Any]:
     num_tokens, num_rows = largest.num_tokens, p.num_rows(largest.num_tokens)
     heads, words, lanes = p.num_kv_heads, p.num_kv_heads * p.group_words, p.layout.lanes
     segment = (p.num_segment_slots, heads, p.segment_rows, lanes)
@@ -334,12 +341,12 @@ def _scratch(p: Problem, largest: QueryTile) -> list[object]:
     ]
 
 
-def _vmem_bytes(scratch: list[object]) -> int:
+def _vmem_bytes(scratch: list[Any]) -> int:
     """Of scratch in VMEM, with rows padded to whole tiles."""
     total = 0
     for memory in scratch:
         if getattr(memory, "memory_space", None) is pltpu.VMEM:
-            *leading, rows, lanes = memory.shape  # type: ignore[attr-defined]
-            size = jnp.dtype(memory.dtype).itemsize  # type: ignore[attr-defined]
+            *leading, rows, lanes = memory.shape
+            size = jnp.dtype(memory.dtype).itemsize
             total += math.prod(leading) * -(-rows // SUBLANES) * SUBLANES * lanes * size
     return total

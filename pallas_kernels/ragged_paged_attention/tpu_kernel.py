@@ -10,9 +10,8 @@ ticks later computed, so copies of later items run while one is computed.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import partial, reduce
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,114 +19,24 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.ragged_paged_attention.tpu_layout import LANES, PoolLayout
+from pallas_kernels.ragged_paged_attention.tpu_layout import LANES
+from pallas_kernels.ragged_paged_attention.tpu_problem import (
+    COPIES_AT_ONCE,
+    FETCHED_AHEAD,
+    NUM_PLANS,
+    NUM_SLOTS,
+    PLANNED_AHEAD,
+    SUBLANES,
+    TABLE_ALIGNMENT,
+    Problem,
+    QueryTile,
+    Refs,
+    Scalar,
+    token_mask,
+)
+from pallas_kernels.ragged_paged_attention.tpu_write import write_new_tokens
 
 MASKED = -1e30  # finite: a row that has seen only masked positions must not become NaN
-NUM_PLANS = 8  # a power of two, at least NUM_SLOTS + PLANNED_AHEAD
-NUM_SLOTS = 4  # a power of two: items whose blocks are in VMEM
-FETCHED_AHEAD = NUM_SLOTS - 1  # items whose copies run while one is computed
-PLANNED_AHEAD = 4  # items before that whose block table is on its way
-TABLE_ALIGNMENT = 128  # entries; where a copy from a block table may begin
-SUBLANES = 8
-# Columns of the list of segments that are written, see tpu.write_segments.
-BLOCK, ROW, TOKEN, FROM, TO = range(5)
-
-Scalar = jax.Array | int
-
-
-@dataclass(frozen=True)
-class QueryTile:
-    """Static sizes of how sequences of one kind are computed."""
-
-    num_tokens: int  # queries of a tile
-    unit_rows: int  # query rows of one product
-    unit_heads: int  # key heads whose products are interleaved
-    compute_blocks: int  # blocks of one product
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Static sizes of a call."""
-
-    num_kv_heads: int  # K
-    rows_per_block: int  # B / R
-    layout: PoolLayout
-    group_words: int  # 32-bit words of a key head's queries in one lane
-    compute_dtype: Any
-    pool_dtype: Any
-    fetch_blocks: int
-    table_window: int  # entries of a block table that an item fetches
-    max_blocks: int  # entries of a block table
-    segment_rows: int
-    num_segment_slots: int
-    has_window: bool
-    soft_cap: float | None
-
-    @property
-    def block_size(self) -> int:
-        return self.rows_per_block * self.layout.fold
-
-    @property
-    def rows_of_word(self) -> int:
-        """Query heads that share a 32-bit word."""
-        return 4 // jnp.dtype(self.compute_dtype).itemsize
-
-    @property
-    def tokens_of_word(self) -> int:
-        """Rows of the pool that share a 32-bit word."""
-        return 4 // jnp.dtype(self.pool_dtype).itemsize
-
-    @property
-    def key_width(self) -> int:
-        return self.layout.key_lanes.stop
-
-    @property
-    def value_width(self) -> int:
-        return self.layout.lanes - self.layout.value_lanes.start
-
-    def num_rows(self, num_tokens: int) -> int:
-        """Rows of a key head for a tile of queries, streams outermost, whole sublanes of 32 bits."""
-        rows = self.layout.fold * self.group_words * num_tokens * self.rows_of_word
-        return -(-rows // SUBLANES) * SUBLANES
-
-
-class Refs(NamedTuple):
-    """What the kernel is given, in the order of pallas_call."""
-
-    layer: Any  # SMEM [1]
-    window: Any  # SMEM [1]
-    distribution: Any  # SMEM [3]
-    seq_lens: Any  # SMEM [S]
-    query_start: Any  # SMEM [S + 1]
-    segments: Any  # SMEM [5, I]
-    num_segments: Any  # SMEM [2]: of one token, and in all
-    scales: Any  # SMEM [3, K] float32: before the soft cap, before exp2, of the output
-    q: Any  # HBM [T', R * K * words, key width] int32
-    new: Any  # HBM [T', K, W] int32
-    block_tables: Any  # HBM [S, M]
-    sinks: Any  # SMEM [K, query heads of a key head, padded] float32, or None
-    pool_in: Any  # the pool; it is `pool`
-    out: Any  # HBM [T', K * words, value width] int32
-    pool: Any  # HBM [L, N, K, B / R, W]
-    kv: Any  # VMEM [slots, fetch blocks, K, B / R, W]
-    tables: Any  # SMEM [plans, table window]
-    plans: Any  # SMEM [plans, fields]
-    q_stage: Any  # VMEM [slots, tokens, R * K * words, key width] int32
-    q_rows: Any  # VMEM [K, word rows, key width] int32
-    maxima: Any  # VMEM [K, rows, 128] float32
-    sums: Any  # VMEM [K, rows, 128] float32, to be added up
-    acc: Any  # VMEM [K, rows, value width] float32
-    out_stage: Any  # VMEM [2, tokens, K * words, value width] int32
-    out_tokens: Any  # SMEM [2]: of the copies that run
-    old: Any  # VMEM [segment slots, K, segment rows, W]
-    fresh: Any  # VMEM [segment slots, segment tokens, K, W] int32
-    kv_sem: Any
-    table_sem: Any
-    q_sem: Any
-    out_sem: Any
-    read_sem: Any
-    fresh_sem: Any
-    write_sem: Any
 
 
 def kernel(*args: Any, problem: Problem, tiles: tuple[tuple[int, QueryTile], ...]) -> None:
@@ -140,136 +49,6 @@ def kernel(*args: Any, problem: Problem, tiles: tuple[tuple[int, QueryTile], ...
         first = refs.distribution[kind]
 
 
-# ---- writing
-
-
-def write_new_tokens(refs: Refs, p: Problem, single_only: bool) -> None:
-    """Puts all new tokens into the pool and returns when they are there."""
-    num_single = refs.num_segments[0]
-    _write_segments(refs, p, 0, num_single, num_tokens=1)
-    if not single_only:
-        num_tokens = p.segment_rows * p.layout.fold
-        _write_segments(refs, p, num_single, refs.num_segments[1], num_tokens=num_tokens)
-
-
-def _write_segments(
-    refs: Refs, p: Problem, first: Scalar, last: Scalar, *, num_tokens: int
-) -> None:
-    """Segments first to last. num_tokens: 1 if each has one, else those of a whole segment."""
-    ahead = p.num_segment_slots // 2
-    count = last - first
-
-    def place(i: Scalar) -> Any:
-        rows = pl.ds(pl.multiple_of(refs.segments[ROW, i], p.segment_rows), p.segment_rows)
-        return refs.pool.at[refs.layer[0], refs.segments[BLOCK, i], :, rows]
-
-    def reads(i: Scalar) -> list[Any]:
-        slot = lax.rem(i, p.num_segment_slots)
-        token = refs.segments[TOKEN, i]
-        if num_tokens == 1:
-            token += refs.segments[FROM, i]
-        fresh = refs.fresh.at[slot, pl.ds(0, num_tokens)]
-        return [
-            pltpu.make_async_copy(place(i), refs.old.at[slot], refs.read_sem.at[slot]),
-            pltpu.make_async_copy(
-                refs.new.at[pl.ds(token, num_tokens)], fresh, refs.fresh_sem.at[slot]
-            ),
-        ]
-
-    def write(i: Scalar) -> Any:
-        slot = lax.rem(i, p.num_segment_slots)
-        return pltpu.make_async_copy(refs.old.at[slot], place(i), refs.write_sem.at[slot])
-
-    def step(j: Scalar, _: None) -> None:
-        @pl.when(j < count)
-        def _() -> None:
-            @pl.when(j >= p.num_segment_slots)
-            def _() -> None:
-                write(first + j - p.num_segment_slots).wait()
-
-            for copy in reads(first + j):
-                copy.start()
-
-        @pl.when(j >= ahead)
-        def _() -> None:
-            i = first + j - ahead
-            for copy in reads(i):
-                copy.wait()
-            _merge(refs, p, i, lax.rem(i, p.num_segment_slots), num_tokens)
-            write(i).start()
-
-    @pl.when(count > 0)
-    def _() -> None:
-        lax.fori_loop(0, count + ahead, step, None)
-        started = jnp.maximum(count - p.num_segment_slots, 0)
-        lax.fori_loop(started, count, lambda j, _: write(first + j).wait(), None)
-
-
-def _merge(refs: Refs, p: Problem, i: Scalar, slot: Scalar, num_tokens: int) -> None:
-    """Puts the tokens of segment i into the rows that were read."""
-    bits = 32 // p.tokens_of_word
-    mask = _token_mask(p, p.segment_rows, refs.segments[FROM, i], refs.segments[TO, i])
-
-    def head(h: Scalar, _: None) -> None:
-        old = pltpu.bitcast(refs.old[slot, h], jnp.int32)  # [segment rows / P, W]
-        if num_tokens == 1:
-            token = refs.fresh[slot, pl.ds(0, 1), h]  # [1, W]
-            new = token
-            for row in range(1, p.tokens_of_word):
-                new = new | (token << (bits * row))
-            new = jnp.broadcast_to(new, old.shape)
-        else:
-            new = _packed_tokens(refs, p, slot, h)
-        refs.old[slot, h] = pltpu.bitcast((old & ~mask) | (new & mask), p.pool_dtype)
-
-    lax.fori_loop(0, p.num_kv_heads, head, None, unroll=math.gcd(p.num_kv_heads, 4))
-
-
-def _packed_tokens(refs: Refs, p: Problem, slot: Scalar, h: Scalar) -> jax.Array:
-    """The tokens of a segment as the pool holds them, in words: [segment rows / P, W].
-
-    Tokens come with their keys and values in the lanes of every stream.
-    """
-    fold, packed = p.layout.fold, p.tokens_of_word
-    stream = _stream_of_lane(p, (1, p.layout.lanes))
-    words = []
-    for row in range(packed):
-        streams = []
-        for r in range(fold):
-            tokens = range(row * fold + r, p.segment_rows * fold, packed * fold)
-            streams.append(jnp.concatenate([refs.fresh[slot, pl.ds(t, 1), h] for t in tokens]))
-        merged = streams[0]
-        for r in range(1, fold):
-            merged = jnp.where(stream == r, streams[r], merged)
-        field = (1 << (32 // packed)) - 1 if packed > 1 else -1
-        words.append((merged & field) << (32 // packed * row))
-    return reduce(jnp.bitwise_or, words)
-
-
-def _stream_of_lane(p: Problem, shape: tuple[int, int]) -> jax.Array:
-    """Whose key or value a lane of a row holds: int32 in that shape [.., W]."""
-    stream = lax.broadcasted_iota(jnp.int32, shape, 1) // p.layout.head_dim
-    return jnp.where(stream >= p.layout.fold, stream - p.layout.fold, stream)
-
-
-def _token_mask(p: Problem, num_rows: int, start: Scalar, stop: Scalar) -> jax.Array:
-    """Bits of the words of rows 0 to num_rows that hold tokens start to stop: [rows / P, W]."""
-    packed, fold = p.tokens_of_word, p.layout.fold
-    shape = (num_rows // packed, p.layout.lanes)
-    row = lax.broadcasted_iota(jnp.int32, shape, 0) * packed
-    stream = _stream_of_lane(p, shape)
-    mask = jnp.zeros(shape, jnp.int32)
-    bits = 32 // packed
-    for j in range(packed):
-        token = (row + j) * fold + stream
-        field = (1 << bits) - 1 << (bits * j)
-        field -= (field >> 31) << 32  # as a signed word
-        mask |= jnp.where((token >= start) & (token < stop), jnp.int32(field), 0)
-    return mask
-
-
-# ---- reading
-
 (TOKEN_AT, NUM_TOKENS, POSITION, COLUMN, NUM_BLOCKS, OFFSET, IS_FIRST, IS_LAST, TILE) = range(9)
 NUM_FIELDS = 9
 
@@ -277,11 +56,11 @@ NUM_FIELDS = 9
 def attend(refs: Refs, p: Problem, tile: QueryTile, first: Scalar, last: Scalar) -> None:
     """Computes the queries of sequences first to last."""
 
-    def unfinished(state: tuple[jax.Array, ...]) -> jax.Array:
+    def unfinished(state: tuple[Any, ...]) -> jax.Array:
         tick, num_planned, s = state[:3]
         return (s < last) | (tick < num_planned)
 
-    def step(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def step(state: tuple[Any, ...]) -> tuple[Any, ...]:
         tick, num_planned, s, query_tile, kv_tile, num_tiles = state
         can_plan = s < last
         cursor = (s, query_tile, kv_tile, num_tiles)
@@ -372,7 +151,14 @@ def _fetch(refs: Refs, p: Problem, tile: QueryTile, item: Scalar) -> None:
             refs.pool.at[refs.layer[0], block], refs.kv.at[slot, j], refs.kv_sem.at[slot]
         ).start()
 
-    lax.fori_loop(0, refs.plans[plan, NUM_BLOCKS], start, None)
+    def start_several(i: Scalar, _: None) -> None:
+        for j in range(COPIES_AT_ONCE):
+            start(i * COPIES_AT_ONCE + j, None)
+
+    num_blocks = refs.plans[plan, NUM_BLOCKS]
+    whole = num_blocks // COPIES_AT_ONCE
+    lax.fori_loop(0, whole, start_several, None)
+    lax.fori_loop(whole * COPIES_AT_ONCE, num_blocks, start, None)
 
     @pl.when(refs.plans[plan, IS_FIRST] == 1)
     def _() -> None:
@@ -498,7 +284,7 @@ def _clear_unused(refs: Refs, p: Problem, tile: QueryTile, plan: Scalar, slot: S
     written or is another sequence's, and NaN times a weight of zero is NaN."""
     num_blocks = refs.plans[plan, NUM_BLOCKS]
     last = refs.plans[plan, POSITION] + refs.plans[plan, NUM_TOKENS] - refs.plans[plan, COLUMN]
-    mask = _token_mask(p, p.rows_per_block, 0, last - (num_blocks - 1) * p.block_size)
+    mask = token_mask(p, p.rows_per_block, 0, last - (num_blocks - 1) * p.block_size)
 
     def clear_end(h: Scalar, _: None) -> None:
         words = pltpu.bitcast(refs.kv[slot, num_blocks - 1, h], jnp.int32) & mask
@@ -522,13 +308,14 @@ def _attend_unit(
 ) -> None:  # fmt: skip
     """unit_rows rows of unit_heads heads against compute_blocks blocks from `block` on.
 
-    Heads go through each stage together, so that the units of the chip do not wait for one.
+    A head is stage_lag heads behind in the next stage, so that the units of the chip have work
+    while one waits for another.
     """
     heads = [first_head + i for i in range(tile.unit_heads)]
     blocks = pl.ds(block, tile.compute_blocks)
     rows = pl.ds(pl.multiple_of(row, SUBLANES), tile.unit_rows)
     words = tile.unit_rows // p.rows_of_word
-    word_row = row if isinstance(row, int) else row // tile.unit_rows * words
+    word_row: Scalar = row if isinstance(row, int) else row // tile.unit_rows * words
     word_rows = pl.ds(pl.multiple_of(word_row, math.gcd(words, SUBLANES)), words)
     visible = _visible(refs, p, tile, plan, block, row) if masked else None  # [rows, columns]
     precision = lax.Precision.HIGHEST if p.compute_dtype == jnp.float32 else None
@@ -538,16 +325,14 @@ def _attend_unit(
         values = refs.kv[slot, blocks, h, :, lanes]  # [blocks, B / R, lanes]
         return values.reshape(-1, values.shape[-1]).astype(p.compute_dtype)
 
-    logits = []
-    for h in heads:
+    def logits_of(h: Scalar) -> jax.Array:
         q = pltpu.bitcast(refs.q_rows[h, word_rows], p.compute_dtype)  # [rows, key lanes]
         x = product(q, stored(h, p.layout.key_lanes), (((1,), (1,)), ((), ())))
         if p.soft_cap is not None:
             x = jnp.tanh(x * refs.scales[0, h])
-        logits.append(x if visible is None else jnp.where(visible, x, MASKED))
+        return x if visible is None else jnp.where(visible, x, MASKED)
 
-    weights = []
-    for h, x in zip(heads, logits, strict=True):
+    def weigh(h: Scalar, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         scale = refs.scales[1, h]
         old_max = refs.maxima[h, rows]  # [rows, 128], all lanes the same
         new_max = jnp.maximum(old_max, jnp.max(x, axis=1, keepdims=True))
@@ -555,11 +340,20 @@ def _attend_unit(
         kept = jnp.exp2((old_max - new_max) * scale)
         refs.maxima[h, rows] = new_max
         refs.sums[h, rows] = kept * refs.sums[h, rows] + _folded(weight)
-        weights.append((weight.astype(p.compute_dtype), kept))
+        return weight.astype(p.compute_dtype), kept
 
-    for h, (weight, kept) in zip(heads, weights, strict=True):
+    def accumulate(h: Scalar, weight: jax.Array, kept: jax.Array) -> None:
         update = product(weight, stored(h, p.layout.value_lanes), (((1,), (0,)), ((), ())))
         refs.acc[h, rows] = _repeated(kept, p.value_width) * refs.acc[h, rows] + update
+
+    lag, logits, weights = tile.stage_lag, {}, {}
+    for now in range(len(heads) + 2 * lag):
+        if now < len(heads):
+            logits[now] = logits_of(heads[now])
+        if 0 <= now - lag < len(heads):
+            weights[now - lag] = weigh(heads[now - lag], logits.pop(now - lag))
+        if 0 <= now - 2 * lag < len(heads):
+            accumulate(heads[now - 2 * lag], *weights.pop(now - 2 * lag))
 
 
 def _repeated(x: jax.Array, width: int) -> jax.Array:

@@ -1,9 +1,9 @@
 """How the TPU kernel's pool lies in memory: [L, N, K, B / R, W], without padding in HBM.
 
-A row holds R tokens of one key head, their keys and then their values: [k_0 .. k_R-1, v_0 .. v_R-1],
-so W = 2RD lanes. R is the smallest number for which W is whole tiles of 128 lanes and the keys fill
-one: 1 for head sizes 128 and 256, 2 for 64 and 96, 4 for 80. The keys of a head in a block are so a
-matrix as the matrix unit takes it, rows of tokens and lanes of D, and nothing is moved to get it.
+A row holds R tokens of one key head, first their keys and then their values: W = 2RD lanes. R is
+the smallest number for which W is whole tiles of 128 lanes and the keys fill more than half of one:
+1 for head sizes 128 and 256, 2 for 64 and 96, 4 for 80. So the keys of a head in a block are a
+matrix as the matrix unit takes it, and nothing is moved to get it.
 
 A row's R tokens are R streams to the kernel. Stream r has queries of its own, which are zero but
 for the lanes of key r, so one product serves all streams; their softmaxes are put together last.
