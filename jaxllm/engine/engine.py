@@ -13,7 +13,7 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,8 +26,9 @@ from jaxllm.engine.request import (
     RequestState,
     SequenceState,
 )
-from jaxllm.engine.scheduler import Scheduler
+from jaxllm.engine.scheduler import NO_DRAFTS, Scheduler
 from jaxllm.engine.sequence import (
+    NO_TOKEN,
     NOT_FINITE,
     NOT_LIMITED,
     Batch,
@@ -39,6 +40,7 @@ from jaxllm.engine.sequence import (
     StepResult,
 )
 from jaxllm.engine.snapshot import EngineSnapshot, take_snapshot
+from jaxllm.engine.speculation import Speculator
 from jaxllm.engine.stats import EngineStats, StepMeter
 from jaxllm.engine.timeline import Timeline
 from jaxllm.outputs import RequestOutput
@@ -77,8 +79,8 @@ class Engine:
 
     tokenizer: without one, outputs have no text and stop strings are refused. max_num_waiting:
     add_request raises QueueFullError while that many sequences wait; None for no limit.
-    round_budget, max_steps: see Scheduler. last_error: what the last failed step raised, for the
-    user.
+    round_budget, max_steps: see Scheduler. speculator: None for no speculation. last_error: what the
+    last failed step raised, for the user.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class Engine:
         round_budget: Callable[[int], int] | None = None,
         max_steps: Callable[[int], int] | None = None,
         timeline: Timeline | None = None,
+        speculator: Speculator | None = None,
     ):
         self.config = config
         self.runner = runner
@@ -102,6 +105,7 @@ class Engine:
         self.max_num_waiting = max_num_waiting
         self.scheduler = Scheduler(config, round_budget, max_steps)
         self.meter = StepMeter(timeline)
+        self._speculator = speculator
         self.last_error: str | None = None
         self._requests: dict[str, RequestState] = {}
         self._states: dict[int, SequenceState] = {}  # by sequence_id, unfinished ones
@@ -225,7 +229,7 @@ class Engine:
         are computed again."""
         try:
             started = time.monotonic()
-            batch, num_left = self.scheduler.schedule(), 0
+            batch, num_left = self.scheduler.schedule(self._drafts()), 0
             self.meter.record("schedule", started)
             if batch is not None:
                 self._dispatch(batch)
@@ -237,6 +241,18 @@ class Engine:
             self._restart()
             raise
 
+    def _drafts(self) -> Mapping[int, tuple[int, ...]]:
+        """What the next step shall verify. Where that is likely to pay, the step under way is waited
+        for: drafts follow a known token."""
+        speculator, num_spare_rows = self._speculator, self.scheduler.num_spare_rows
+        if speculator is None or num_spare_rows <= 0:
+            return NO_DRAFTS
+        if self._under_way:
+            if not speculator.wants_results(self.scheduler.running, num_spare_rows):
+                return NO_DRAFTS
+            self._take_result(self._under_way.popleft())
+        return speculator.drafts(self.scheduler.running, self.scheduler.num_spare_rows)
+
     def _dispatch(self, batch: Batch) -> None:
         now = time.monotonic()
         needs_host = False
@@ -245,7 +261,9 @@ class Engine:
         except Exception as error:  # the step before it, if there is one, is not to blame
             handle, needs_host = _FailedStep(error), True
         else:
-            for sequence, _, _, samples, _ in batch.sequences:
+            for sequence, _, _, samples, _, drafts in batch.sequences:
+                if drafts:
+                    needs_host = True
                 if samples and sequence.pooling is None:
                     sequence.expect(samples)
                     if sequence.constraint is not None:
@@ -306,7 +324,8 @@ class Engine:
             self._take_prompt_logprobs(step.batch, result)
         touched: list[RequestState] = []
         token_ids = result.token_ids.T.tolist()  # [number of scheduled sequences, num_steps]
-        for row, (sequence, _, _, samples, attempt) in enumerate(step.batch.sequences):
+        for row, scheduled in enumerate(step.batch.sequences):
+            sequence, _, _, samples, attempt, drafts = scheduled
             state = self._states.get(sequence.sequence_id)
             if state is None or attempt != sequence.attempt:
                 if NOT_FINITE in token_ids[row]:
@@ -323,6 +342,8 @@ class Engine:
             except Exception as error:
                 self._log_fault(request, error)
                 self._finish(state, "error")
+            if drafts:
+                self._take_drafts(sequence, len(drafts), token_ids[row])
             if request.last_step != self.meter.num_steps:
                 request.last_step = self.meter.num_steps
                 touched.append(request)
@@ -339,9 +360,19 @@ class Engine:
                 if not self.scheduler.isolate(state.sequence):
                     raise ArithmeticError("the model's logits are not finite")
                 return index > 0
+            if token_id == NO_TOKEN:
+                break
             if self._take_token(state, row, token_id, result) or index + 1 == samples:
                 break
         return True
+
+    def _take_drafts(self, sequence: Sequence, num_drafts: int, token_ids: list[int]) -> None:
+        """Counts how many of a sequence's drafts were right, and forgets the others."""
+        assert self._speculator is not None
+        num_yielded = sum(token_id != NO_TOKEN for token_id in token_ids)
+        self._speculator.count(sequence, num_drafts, num_yielded - 1)
+        if sequence.num_pending:
+            self.scheduler.roll_back(sequence)
 
     def _take_token(
         self, state: SequenceState, row: int, token_id: int, result: StepResult
@@ -442,4 +473,5 @@ class Engine:
             step_tokens=meter.step_tokens.stats(),
             runner=self.runner.figures(),
             idle_seconds=meter.idle_seconds,
+            speculation=None if self._speculator is None else self._speculator.stats(),
         )

@@ -394,6 +394,8 @@ class RequestState:
                 self.first_token_time,
                 finished_time,
                 num_preemptions,
+                sum(state.sequence.num_draft_tokens for state in self.sequences),
+                sum(state.sequence.num_accepted_tokens for state in self.sequences),
             )
         assert self._metrics is not None
         return self._metrics

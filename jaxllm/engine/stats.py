@@ -9,6 +9,7 @@ from statistics import median
 
 from jaxllm.engine.histogram import Histogram, HistogramStats
 from jaxllm.engine.sequence import Batch, RunnerFigures
+from jaxllm.engine.speculation import SpeculationStats
 from jaxllm.engine.timeline import DEVICE, Timeline
 
 NUM_TIMES_KEPT = 1000  # for the medians of stats()
@@ -48,6 +49,7 @@ class EngineStats:
     step_tokens: HistogramStats
     runner: RunnerFigures
     idle_seconds: float = 0.0
+    speculation: SpeculationStats | None = None  # None without speculation
 
 
 class StepMeter:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.config import EngineConfig
-from jaxllm.engine.batch import BatchPacker, Bucket, PackedLayout, table_row
+from jaxllm.engine.batch import BatchPacker, Bucket, PackedLayout, accepted_tokens, table_row
 from jaxllm.engine.sequence import Batch, LogprobRows, RunnerFigures, Sequence, StepResult
 from jaxllm.engine.timeline import Timeline
 from jaxllm.models.decoder import Model, Parameters
@@ -68,7 +68,10 @@ class DeviceStep:
         num_seqs = len(self.batch.sequences)
         params = [s.sequence.params for s in self.batch.sequences]
         tokens = np.atleast_2d(np.asarray(self.outputs.tokens))
-        tokens = tokens[: self.batch.num_steps, :num_seqs]
+        if self.batch.num_rows > num_seqs:
+            tokens = accepted_tokens(self.batch, tokens[0])
+        else:
+            tokens = tokens[: self.batch.num_steps, :num_seqs]
         logprobs = prompt_logprobs = None
         if any(p.logprobs is not None for p in params):
             logprobs = _fetch(self.outputs.logprobs, num_seqs)
@@ -104,7 +107,7 @@ class ModelRunner:
         self.config = config
         self.device = device
         self.stats = RunnerStats()
-        self.buckets = plan_buckets(config.max_num_seqs, config.max_num_batched_tokens)
+        self.buckets = plan_buckets(config.max_num_rows, config.max_num_batched_tokens)
         self.compile_wait_since: float | None = None
         self.compile_wait_end = 0.0
         self._compiler = compiler
@@ -189,7 +192,8 @@ class ModelRunner:
             packed = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
             step = make_step(self.model, layout, self._options)
             held = number >= NUM_FIRST_BUCKETS
-            submit(bucket, step, (params, state, packed), out_tree, donate=1, key=key, held=held)
+            arguments = (params, state, packed)
+            submit(bucket, step, arguments, out_tree, donate=1, key=(*key, layout), held=held)
         row = (
             jax.ShapeDtypeStruct((), jnp.int32),
             jax.ShapeDtypeStruct(state.token_info.shape[1:], jnp.int32),
@@ -212,7 +216,8 @@ class ModelRunner:
 
     def _layout(self, bucket: Bucket) -> PackedLayout:
         max_steps = self.config.max_steps_per_dispatch if bucket.decode_only else 1
-        return PackedLayout(bucket, self.config.max_blocks_per_seq, max_steps)
+        max_drafts = 0 if bucket.decode_only else self.config.num_speculative_tokens
+        return PackedLayout(bucket, self.config.max_blocks_per_seq, max_steps, max_drafts)
 
     def _largest_bucket(self) -> Bucket:
         return max(self.buckets, key=lambda b: (not b.decode_only, b.num_tokens, b.num_seqs))
@@ -252,11 +257,11 @@ class ModelRunner:
     def _choose(self, batch: Batch) -> Bucket:
         """The least padded bucket among those that are compiled, else the one compiled next. What
         would have fitted best comes first among those that are still to be compiled."""
-        num_seqs = len(batch.sequences)
-        fits = self._fitting(batch.num_tokens, num_seqs, batch.num_decodes == num_seqs)
+        num_rows = batch.num_rows
+        fits = self._fitting(batch.num_tokens, num_rows, batch.num_decodes == num_rows)
         if batch.num_steps > 1:
             fits = [bucket for bucket in fits if bucket.decode_only]
-        assert fits, f"no bucket holds {batch.num_tokens} tokens of {num_seqs} sequences"
+        assert fits, f"no bucket holds {batch.num_tokens} tokens for {num_rows} rows"
         ready = next((b for b in fits if self._compiler.is_ready(b)), None)
         if ready is not fits[0]:
             self._compiler.hurry(fits[0])

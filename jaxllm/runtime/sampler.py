@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.engine.batch import IN_PROMPT, IS_STOP
+from jaxllm.engine.sequence import NO_TOKEN
 from jaxllm.sampling_params import MAX_LOGPROBS
 
 COUNT_MASK = IS_STOP - 1
@@ -54,8 +55,10 @@ def sample(
     token_info: jax.Array,  # [num_slots, V] int32
     logit_bias: jax.Array,  # [num_slots, V] float32
     slots: jax.Array,  # [S] int32
+    tokens_before: jax.Array | None = None,  # [S, D] int32
 ) -> jax.Array:
-    """The next token of each row, [S] int32. If options leave a row no token at all, which the
+    """The next token of each row, [S] int32. tokens_before: those which the row comes after beside
+    the ones that token_info counts; NO_TOKEN for fewer. If options leave a row no token at all, which the
     engine refuses beforehand, it is some token of the vocabulary.
 
     On CPU a tile of rows at a time: what is computed between stays in the processor's cache, and
@@ -64,14 +67,15 @@ def sample(
     num_rows = logits.shape[0]
 
     def whole() -> jax.Array:
-        return _sample_rows(logits, inputs, token_info, logit_bias, slots)
+        return _sample_rows(logits, inputs, token_info, logit_bias, slots, tokens_before)
 
     def tiled() -> jax.Array:
         def tile(start: jax.Array) -> jax.Array:
-            rows, row_inputs, row_slots = jax.tree.map(
-                lambda x: jax.lax.dynamic_slice_in_dim(x, start, ROW_TILE), (logits, inputs, slots)
+            rows, row_inputs, *others = jax.tree.map(
+                lambda x: jax.lax.dynamic_slice_in_dim(x, start, ROW_TILE),
+                (logits, inputs, slots, tokens_before),
             )
-            return _sample_rows(rows, row_inputs, token_info, logit_bias, row_slots)
+            return _sample_rows(rows, row_inputs, token_info, logit_bias, *others)
 
         return jax.lax.map(tile, jnp.arange(0, num_rows, ROW_TILE)).reshape(num_rows)
 
@@ -86,9 +90,15 @@ def _sample_rows(
     token_info: jax.Array,
     logit_bias: jax.Array,
     slots: jax.Array,
+    tokens_before: jax.Array | None,
 ) -> jax.Array:
     def with_table(logits: jax.Array) -> jax.Array:
-        changed = apply_table(logits, inputs, token_info[slots], logit_bias[slots])
+        info = token_info[slots]  # [S, V]
+        if tokens_before is not None:
+            rows = jnp.arange(slots.shape[0])
+            for tokens in tokens_before.T:
+                info = count_tokens(info, rows, tokens, tokens != NO_TOKEN)
+        changed = apply_table(logits, inputs, info, logit_bias[slots])
         return jnp.where(inputs.uses_table[:, None] > 0, changed, logits)
 
     logits = jax.lax.cond(jnp.any(inputs.uses_table > 0), with_table, lambda x: x, logits)

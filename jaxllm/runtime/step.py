@@ -15,6 +15,7 @@ from jaxllm.engine.batch import FLOAT_FIELDS, ROW_FIELDS, PackedLayout
 from jaxllm.engine.sequence import NOT_FINITE, ON_DEVICE
 from jaxllm.models.decoder import Model, Parameters
 from jaxllm.runtime import kv_cache, sampler
+from jaxllm.runtime.drafts import DraftChains
 from jaxllm.runtime.pooling import pool_hidden
 from jaxllm.runtime.sampler import Logprobs, SamplingInputs
 from pallas_kernels.ragged_paged_attention.api import ragged_paged_attention
@@ -113,7 +114,10 @@ def _compute(
     logits = model.logits(params, hidden[batch["logit_rows"]], batch["counts"][0])  # [S, V] float32
 
     inputs = SamplingInputs(**{name: batch[name] for name in SamplingInputs._fields})
-    tokens = sampler.sample(logits, inputs, state.token_info, state.logit_bias, batch["slots"])
+    chains = DraftChains.of(batch, layout.max_drafts)
+    tokens = sampler.sample(
+        logits, inputs, state.token_info, state.logit_bias, batch["slots"], chains.tokens_before
+    )
     logprobs = jax.lax.cond(
         jnp.any(batch["wants_logprobs"] > 0),
         lambda: sampler.raw_logprobs(logits, tokens),
@@ -128,7 +132,7 @@ def _compute(
         _prompt_logprobs(model, params, hidden, token_ids, rows, batch, layout),
     )
     state = state._replace(kv_pool=kv_pool, hidden_sums=hidden_sums)
-    return _next_state(state, batch, tokens), outputs
+    return _next_state(state, batch, tokens, chains), outputs
 
 
 class _Loop(NamedTuple):
@@ -247,12 +251,14 @@ def _attend(
     return attend
 
 
-def _next_state(state: State, batch: dict[str, jax.Array], tokens: jax.Array) -> State:
+def _next_state(
+    state: State, batch: dict[str, jax.Array], tokens: jax.Array, chains: DraftChains
+) -> State:
     """The state with the sampled tokens taken in."""
-    samples = batch["samples"] > 0
+    is_valid, is_last = chains.verify(tokens, batch["samples"] > 0)
     num_slots = state.last_tokens.shape[0]
-    written = jnp.where(samples, batch["slots"], num_slots)  # out of range: dropped
-    counted = samples & (batch["uses_table"] > 0)
+    written = jnp.where(is_last, batch["slots"], num_slots)  # out of range: dropped
+    counted = is_valid & (batch["uses_table"] > 0)
     return state._replace(
         last_tokens=state.last_tokens.at[written].set(tokens, mode="drop"),
         token_info=sampler.count_tokens(state.token_info, batch["slots"], tokens, counted),
