@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxllm.async_engine import AsyncEngine
+    from jaxllm.beam_search_params import BeamSearchParams
     from jaxllm.config import ModelError
     from jaxllm.llm import LLM
     from jaxllm.outputs import (
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "AsyncEngine": "jaxllm.async_engine",
+    "BeamSearchParams": "jaxllm.beam_search_params",
     "CompletionOutput": "jaxllm.outputs",
     "EmbeddingOutput": "jaxllm.outputs",
     "EmbeddingRequestOutput": "jaxllm.outputs",
@@ -47,6 +49,7 @@ _HOME = {
 __all__ = [
     "LLM",
     "AsyncEngine",
+    "BeamSearchParams",
     "CompletionOutput",
     "EmbeddingOutput",
     "EmbeddingRequestOutput",

@@ -14,6 +14,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
 
+from jaxllm.beam_search_params import BeamSearchParams
 from jaxllm.engine.engine import EngineSnapshot, EngineStats, Request
 from jaxllm.engine.request import NO_SAMPLING
 from jaxllm.engine_mailbox import Mailbox
@@ -33,6 +34,7 @@ from jaxllm.prompts import (
     Prompt,
     TokenizedPrompt,
     checked_pooling,
+    checked_search,
     params_of_kind,
     tokenize_chat,
     tokenize_prompt,
@@ -49,6 +51,8 @@ __all__ = [
     "EngineStats",
     "Heartbeat",
 ]
+
+AnyParams = SamplingParams | BeamSearchParams
 
 
 @dataclass(frozen=True)
@@ -121,15 +125,16 @@ class AsyncEngine:
     def generate(
         self,
         prompt: Prompt,
-        sampling_params: SamplingParams | None = None,
+        sampling_params: AnyParams | None = None,
         request_id: str | None = None,
         *,
         priority: int = 0,
         cache_salt: str | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Outputs to one prompt as they come, of the kind that sampling_params.output_kind says.
-        Outputs that the consumer has not read are merged. Leaving the iterator (aclose,
-        cancellation, or when it is collected) aborts the request.
+        With BeamSearchParams there is one output, at the end. Outputs that the consumer has not
+        read are merged. Leaving the iterator (aclose, cancellation, or when it is collected)
+        aborts the request.
 
         Raises, at the first item, ValueError for what cannot be served and QueueFullError if not
         now.
@@ -143,7 +148,7 @@ class AsyncEngine:
     def chat(
         self,
         messages: Sequence[Message],
-        sampling_params: SamplingParams | None = None,
+        sampling_params: AnyParams | None = None,
         request_id: str | None = None,
         *,
         priority: int = 0,
@@ -168,6 +173,24 @@ class AsyncEngine:
             )
 
         return self._run(tokenize, sampling_params, request_id, priority, cache_salt)
+
+    async def beam_search(
+        self,
+        prompt: Prompt,
+        params: BeamSearchParams,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> RequestOutput:
+        """The most likely answers to one prompt, the best first; cancellation aborts the search.
+        Raises ValueError for what cannot be served, QueueFullError if not now."""
+        search = checked_search(params)
+        outputs = self.generate(
+            prompt, search, request_id, priority=priority, cache_salt=cache_salt
+        )
+        async with aclosing(outputs):
+            return await anext(outputs)
 
     def encode(
         self,
@@ -248,12 +271,15 @@ class AsyncEngine:
     async def _run(
         self,
         tokenize: Callable[[], TokenizedPrompt],
-        params: SamplingParams | None,
+        params: AnyParams | None,
         request_id: str | None,
         priority: int,
         cache_salt: str | None,
         pooling: PoolingParams | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
+        search = params if isinstance(params, BeamSearchParams) else None
+        if isinstance(params, BeamSearchParams):
+            params = params.sampling_params()
         params = self._checked_params(params)
         if request_id is None:
             request_id = uuid.uuid4().hex
@@ -274,6 +300,7 @@ class AsyncEngine:
                 priority=priority,
                 cache_salt=prompt.cache_salt if cache_salt is None else cache_salt,
                 pooling=pooling,
+                beam_search=search,
             )
 
         try:

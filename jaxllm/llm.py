@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from jaxllm.beam_search_params import BeamSearchParams
 from jaxllm.engine.engine import Request
 from jaxllm.engine.request import NO_SAMPLING
 from jaxllm.outputs import CompletionOutput, EmbeddingRequestOutput, RequestOutput
@@ -16,6 +17,7 @@ from jaxllm.prompts import (
     Prompt,
     TokenizedPrompt,
     checked_pooling,
+    checked_search,
     conversations,
     is_single_prompt,
     params_of_kind,
@@ -85,6 +87,23 @@ class LLM:
         per_prompt = self._params_of_each(sampling_params, len(tokenized))
         return self._run(tokenized, per_prompt, use_tqdm, priority)
 
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams | Sequence[BeamSearchParams],
+        *,
+        use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """The most likely answers in the order of the prompts, of each prompt the best first, each
+        with its cumulative_logprob. params: one for all, or one each. Raises ValueError, before
+        anything is computed, if one of them cannot be served."""
+        tokenized = self._tokenize(prompts)
+        searches = _searches_of_each(params, len(tokenized))
+        per_prompt = [search.sampling_params() for search in searches]
+        options = [{"beam_search": search} for search in searches]
+        return self._run(tokenized, per_prompt, use_tqdm, priority, options)
+
     def embed(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -99,7 +118,8 @@ class LLM:
         tokenized = self._tokenize(prompts)
         pooling = self._pooling_of_each(pooling_params, len(tokenized))
         params = [NO_SAMPLING] * len(tokenized)
-        outputs = self._run(tokenized, params, use_tqdm, None, pooling)
+        options = [{"pooling": each} for each in pooling]
+        outputs = self._run(tokenized, params, use_tqdm, None, options)
         return [EmbeddingRequestOutput.from_request_output(output) for output in outputs]
 
     def chat(
@@ -168,8 +188,9 @@ class LLM:
         per_prompt: Sequence[SamplingParams],
         use_tqdm: bool,
         priority: Sequence[int] | None,
-        pooling: Sequence[PoolingParams] | None = None,
+        options: Sequence[dict[str, Any]] | None = None,
     ) -> list[RequestOutput]:
+        """options: of Request, for each prompt."""
         if priority is not None:
             _check_list("priority", priority, "a list of integers")
             if len(priority) != len(prompts):
@@ -177,7 +198,7 @@ class LLM:
         self._check_open()
         requests = [
             self._request(
-                prompt, params, priority[i] if priority else 0, pooling[i] if pooling else None
+                prompt, params, priority[i] if priority else 0, **(options[i] if options else {})
             )
             for i, (prompt, params) in enumerate(zip(prompts, per_prompt, strict=True))
         ]
@@ -234,7 +255,7 @@ class LLM:
         prompt: TokenizedPrompt,
         params: SamplingParams,
         priority: int,
-        pooling: PoolingParams | None = None,
+        **options: Any,
     ) -> Request:
         request_id = str(next(self._ids))
         return self._running.request(
@@ -243,7 +264,7 @@ class LLM:
             params,
             priority=priority,
             cache_salt=prompt.cache_salt,
-            pooling=pooling,
+            **options,
         )
 
     def _check_open(self) -> None:
@@ -262,6 +283,15 @@ class LLM:
         for request in requests:
             self.engine.abort(request.request_id)
             self._inboxes.pop(request.request_id, None)
+
+
+def _searches_of_each(
+    params: BeamSearchParams | Sequence[BeamSearchParams], count: int
+) -> list[BeamSearchParams]:
+    searches = [params] * count if isinstance(params, BeamSearchParams) else params
+    if not isinstance(searches, Sequence) or len(searches) != count:
+        raise ValueError(f"give one BeamSearchParams for all, or one for each of {count} prompts")
+    return [checked_search(each) for each in searches]
 
 
 def _check_list(name: str, value: Any, wanted: str) -> None:

@@ -45,9 +45,9 @@ class CompletionOutput:
 
 @dataclass(frozen=True)
 class RequestMetrics:
-    """Times in seconds on the clock of ``time.monotonic``. num_draft_tokens: what speculation guessed
-    for the request; num_accepted_tokens: of these, how many the model generated too. Both are
-    complete once it has finished."""
+    """Times in seconds on the clock of ``time.monotonic``. num_draft_tokens: guesses of speculation
+    that steps verified; num_accepted_tokens: of these, those that the model generated too. Both are
+    complete once the request has finished."""
 
     arrival_time: float
     first_scheduled_time: float | None = None

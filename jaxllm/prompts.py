@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jaxllm.beam_search_params import BeamSearchParams
 from jaxllm.pooling_params import PoolingParams
 from jaxllm.request_error import RequestError
 from jaxllm.sampling_params import RequestOutputKind, SamplingParams
@@ -132,6 +133,15 @@ def checked_pooling(params: PoolingParams | None, hidden_size: int) -> PoolingPa
             f"pooling_params must be PoolingParams, got {type(params).__name__}", param="prompt"
         )
     params.check_size(hidden_size)
+    return params
+
+
+def checked_search(params: BeamSearchParams) -> BeamSearchParams:
+    """Raises ValueError for what is none."""
+    if not isinstance(params, BeamSearchParams):
+        raise RequestError(
+            f"params must be BeamSearchParams, got {type(params).__name__}", param="prompt"
+        )
     return params
 
 

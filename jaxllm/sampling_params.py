@@ -15,9 +15,10 @@ MAX_LOGPROBS = 20
 MAX_N = 16384
 GREEDY_TEMPERATURE = 1e-5  # below it the most likely token is taken
 NUMBERS = {
-    "n": int, "presence_penalty": float, "frequency_penalty": float, "repetition_penalty": float,
-    "temperature": float, "top_p": float, "top_k": int, "min_p": float, "seed": int,
-    "max_tokens": int, "min_tokens": int, "logprobs": int, "prompt_logprobs": int,
+    "n": int, "best_of": int, "presence_penalty": float, "frequency_penalty": float,
+    "repetition_penalty": float, "temperature": float, "top_p": float, "top_k": int,
+    "min_p": float, "seed": int, "max_tokens": int, "min_tokens": int, "logprobs": int,
+    "prompt_logprobs": int,
 }  # fmt: skip
 FLOAT32_MIN, FLOAT32_MAX = 2.0**-126, 2.0**127  # the device computes in float32
 
@@ -39,6 +40,7 @@ class SamplingParams:
     """
 
     n: int = 1  # independent answers; answer i of a seeded request uses seed + i
+    best_of: int | None = None  # so many are computed, the n of them with the highest probability
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
@@ -110,6 +112,8 @@ class SamplingParams:
 
     def _check_numbers(self) -> None:
         _integer("n", self.n, 1, MAX_N)
+        if self.best_of is not None:
+            _integer("best_of", self.best_of, self.n, MAX_N)
         _number("presence_penalty", self.presence_penalty, -2, 2)
         _number("frequency_penalty", self.frequency_penalty, -2, 2)
         _number("repetition_penalty", self.repetition_penalty, FLOAT32_MIN, FLOAT32_MAX)
@@ -131,10 +135,12 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None:
                 _integer(name, value, 0, MAX_LOGPROBS)
-        if self.greedy and self.n > 1:
+        if self.greedy and self.num_sequences > 1:
+            name = "n" if self.n > 1 else "best_of"
             raise RequestError(
-                f"n must be 1 with temperature 0 (all answers would be the same), got {self.n}",
-                param="n",
+                f"{name} must be 1 with temperature 0 (all answers would be the same), got "
+                f"{self.num_sequences}",
+                param=name,
             )
 
     def _check_flags(self) -> None:
@@ -145,6 +151,16 @@ class SamplingParams:
                 _refuse(name, "be true or false", getattr(self, name))
         if not isinstance(self.output_kind, RequestOutputKind):
             _refuse("output_kind", "be a RequestOutputKind", self.output_kind)
+
+    @property
+    def num_sequences(self) -> int:
+        """Answers that are computed."""
+        return self.n if self.best_of is None else self.best_of
+
+    @property
+    def ranks_answers(self) -> bool:
+        """Whether only some of them are returned, which is not known before all have ended."""
+        return self.num_sequences > self.n
 
     @property
     def greedy(self) -> bool:

@@ -42,8 +42,8 @@ from pallas_kernels import native
 
 logger = logging.getLogger(__name__)
 
-# What one more token in a step costs, in steps of a single token. On a CPU products soon are bound by
-# arithmetic; an accelerator reads the same weights for one token and for hundreds.
+# What one more token in a step costs, in steps of a single token. On a CPU products soon are bound
+# by arithmetic; an accelerator reads the same weights for one token and for hundreds.
 ROW_COSTS = {"cpu": 0.15}
 OTHER_ROW_COST = 0.01
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from held_command import hold
 
-from jaxllm import LLM, SamplingParams
+from jaxllm import LLM, BeamSearchParams, SamplingParams
 from jaxllm.cli import main
 from jaxllm.cli.flags import ENGINE, SAMPLING
 from jaxllm.cli.settings import read_config
@@ -145,6 +145,9 @@ def test_sampling_flags_are_parsed() -> None:
     [
         (["--prompt", "a"], 1),
         (["--prompt", "a", "--n", "2"], 8),
+        (["--prompt", "a", "--best-of", "2"], 8),
+        (["--prompt", "a", "--beam-width", "8"], 8),
+        (["--prompt", "a", "--beam-width", "9"], None),
         (["--prompt", "a"] * 8, 8),
         (["--prompt", "a"] * 9, None),
         (["--prompt", "a", "--max-num-seqs", "3"], 3),
@@ -232,6 +235,17 @@ def test_there_are_configs() -> None:
         (["generate", "m"], "no prompts: the input is empty"),
         (["generate", "--prompt", "a"], "which model?"),
         (["chat", "m", "--n", "2"], "unrecognized arguments: --n 2"),
+        (["chat", "m", "--best-of", "2"], "unrecognized arguments: --best-of 2"),
+        (["generate", "m", "--prompt", "a", "--beam-width", "65"], "beam_width must be an integer"),
+        (["generate", "m", "--prompt", "a", "--length-penalty", "1"], "needs --beam-width"),
+        (
+            ["generate", "m", "--prompt", "a", "--beam-width", "2", "--top-k", "3"],
+            "top_k cannot be combined with beam search",
+        ),
+        (
+            ["generate", "m", "--prompt", "a", "--beam-width", "2", "--stream"],
+            "--stream cannot be combined with --beam-width",
+        ),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(cli: Cli, words: list[str], message: str) -> None:
@@ -310,6 +324,21 @@ def test_streamed_text_is_the_same_text(generate: Cli) -> None:
     assert generate(*flags, "--stream") == whole
     titles = [line for line in whole[1].split("\n") if line.startswith("[")]
     assert titles == ["[1.1] The fox", "[1.2] The fox", "[2.1] In", "[2.2] In"]
+
+
+def test_beam_search_writes_the_best_answers(generate: Cli, llm: LLM) -> None:
+    search = BeamSearchParams(beam_width=4, max_tokens=9, length_penalty=0.5, early_stopping=True)
+    [expected] = llm.beam_search("The fox", search, use_tqdm=False)
+    flags = (
+        "--prompt", "The fox", "--beam-width", "4", "--max-tokens", "9", "--length-penalty", "0.5",
+        "--early-stopping", "true",
+    )  # fmt: skip
+    assert generate(*flags) == (0, expected.outputs[0].text + "\n", "")
+    code, out, _ = generate(*flags, "--n", "3", "--output-format", "jsonl")
+    found = objects(out)[0]["outputs"]
+    assert code == 0
+    assert [answer["token_ids"] for answer in found] == [a.token_ids for a in expected.outputs[:3]]
+    assert found[0]["cumulative_logprob"] == pytest.approx(expected.outputs[0].cumulative_logprob)
 
 
 def test_chat_flag_applies_the_template(generate: Cli, llm: LLM) -> None:

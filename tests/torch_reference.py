@@ -49,6 +49,32 @@ class TorchModel:
         tokens: list[int] = out[0, len(prompt) :].tolist()
         return tokens
 
+    def beam_search(
+        self, prompt: Sequence[int], num_tokens: int, eos_token_ids: Sequence[int], **options: Any
+    ) -> list[tuple[list[int], float]]:
+        """All answers by transformers' own generate, the best first, with their scores. options:
+        num_beams, length_penalty, early_stopping."""
+        ids = torch.tensor([list(prompt)])
+        config = transformers.GenerationConfig(
+            do_sample=False,
+            max_new_tokens=num_tokens,
+            eos_token_id=list(eos_token_ids) or None,
+            pad_token_id=0,
+            num_return_sequences=options["num_beams"],
+            return_dict_in_generate=True,
+            output_scores=True,
+            **options,
+        )
+        mask = torch.ones_like(ids)
+        with torch.no_grad():
+            out = self.module.generate(ids, generation_config=config, attention_mask=mask)
+        answers = []
+        for row, score in zip(out.sequences.tolist(), out.sequences_scores.tolist(), strict=True):
+            answer = row[len(prompt) :]
+            ends = [i + 1 for i, token_id in enumerate(answer) if token_id in eos_token_ids]
+            answers.append((answer[: min(ends, default=len(answer))], score))
+        return answers
+
     def greedy_changed(
         self, prompt: Sequence[int], num_tokens: int, change: Callable[[np.ndarray, list[int]], Any]
     ) -> list[int]:

@@ -151,8 +151,9 @@ def _completion(completion: CompletionOutput) -> dict[str, Any]:
         "finish_reason": completion.finish_reason,
         "stop_reason": completion.stop_reason,
     }
-    if completion.logprobs is not None:
+    if completion.cumulative_logprob is not None:
         content["cumulative_logprob"] = completion.cumulative_logprob
+    if completion.logprobs is not None:
         content["logprobs"] = [_logprobs(position) for position in completion.logprobs]
     return content
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from jaxllm.prompts import TokenizedPrompt
     from jaxllm.startup import RunningEngine
 
-NOT_IN_CHAT = ("n", "logprobs", "prompt_logprobs", "detokenize")
+NOT_IN_CHAT = ("n", "best_of", "logprobs", "prompt_logprobs", "detokenize")
 HELP = "/exit or Ctrl-D leaves, /reset forgets, Ctrl-C stops an answer"
 ANSWER_TOKENS = 256  # room for an answer, at most a quarter of the context, before history goes
 # A model's text must not move the cursor or set colours.

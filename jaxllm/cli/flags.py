@@ -17,6 +17,7 @@ from jaxllm.structured_outputs import StructuredOutputsParams
 
 SAMPLING_HELP = {
     "n": "answers to each prompt",
+    "best_of": "compute so many answers, and take the n likeliest",
     "presence_penalty": "against tokens that the answer has, -2 to 2",
     "frequency_penalty": "against tokens in proportion to their count in the answer, -2 to 2",
     "repetition_penalty": "divides the logits of tokens of prompt and answer; 1 is none",

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from jaxllm.beam_search_params import BeamSearchParams
+from jaxllm.cli import beams
 from jaxllm.cli.answers import JsonWriter, TextWriter, Writer
 from jaxllm.cli.prompt_input import Job, jsonl_jobs, read_lines, text_jobs
 from jaxllm.cli.settings import Settings, UsageError, read_settings
@@ -41,12 +43,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chat", action="store_true", help="text prompts are a user's message in a chat"
     )
+    beams.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """The exit code: 1 if a prompt was not answered. What is wrong with the command, and whatever
     ends it early, is raised."""
     settings = read_settings(arguments)
+    searching = beams.beam_options(arguments)
+    if searching is not None:
+        beams.search_params(searching, settings.sampling, {})
     is_text = arguments.output_format == "text"
     if is_text:
         _check_text_output(settings.sampling)
@@ -67,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
         num_failed = len(jobs) - len(good)
         if good:
             with _progress(len(good), arguments.stream) as advance:
-                num_failed += _answer(good, settings, writer, arguments, advance)
+                num_failed += _answer(good, settings, writer, arguments, searching, advance)
     return 1 if num_failed else 0
 
 
@@ -122,12 +128,16 @@ def _answer(
     settings: Settings,
     writer: Writer,
     arguments: argparse.Namespace,
+    searching: Mapping[str, Any] | None,
     advance: Callable[[], Any],
 ) -> int:
     """Starts the engine and answers; the number of prompts that failed."""
     from jaxllm.startup import start_engine
 
-    num_seqs = sum(job.num_seqs for job in jobs)
+    per_prompt = SamplingParams.from_dict(settings.sampling).num_sequences
+    if searching is not None:
+        per_prompt = searching["beam_width"]
+    num_seqs = max(sum(job.num_seqs for job in jobs), per_prompt * len(jobs))
     defaults: dict[str, Any] = {}
     if num_seqs <= SMALL_BATCH:  # most programs would be compiled for nothing
         max_num_seqs = 1 if num_seqs == 1 else SMALL_BATCH
@@ -140,7 +150,9 @@ def _answer(
     closes = not arguments.ends_process
     try:
         kind = RequestOutputKind.DELTA if arguments.stream else RequestOutputKind.FINAL_ONLY
-        generation = _Generation(running, settings.sampling, kind, arguments.chat, writer, advance)
+        generation = _Generation(
+            running, settings.sampling, searching, kind, arguments.chat, writer, advance
+        )
         num_failed = generation.run(jobs)
         closes |= options.compilation == "on_demand" and options.program_cache
     finally:
@@ -156,6 +168,7 @@ class _Generation:
         self,
         running: RunningEngine,
         sampling: Mapping[str, Any],
+        searching: Mapping[str, Any] | None,
         kind: RequestOutputKind,
         chat: bool,
         writer: Writer,
@@ -163,7 +176,8 @@ class _Generation:
     ) -> None:
         self._running = running
         self._engine = running.engine
-        self._sampling = {**running.default_sampling, **sampling}
+        self._sampling = sampling
+        self._searching = searching
         self._kind = kind
         self._chat = chat
         self._writer = writer
@@ -184,18 +198,26 @@ class _Generation:
         return self._num_failed
 
     def _add(self, job: Job) -> None:
-        from jaxllm.prompts import params_of_kind
-
         try:
-            params = SamplingParams.from_dict({**self._sampling, **job.options})
+            params, search = self._params(job)
             prompt = self._tokenize(job)
-            params = params_of_kind(params, {}, self._kind)
-            request = self._running.request(str(job.line), prompt, params, priority=job.priority)
+            request = self._running.request(
+                str(job.line), prompt, params, priority=job.priority, beam_search=search
+            )
             self._engine.add_request(request)
         except ValueError as error:
             self._fail(job, str(error))
         else:
             self._live[request.request_id] = job
+
+    def _params(self, job: Job) -> tuple[SamplingParams, BeamSearchParams | None]:
+        from jaxllm.prompts import params_of_kind
+
+        if self._searching is not None:
+            search = beams.search_params(self._searching, self._sampling, job.options)
+            return search.sampling_params(), search
+        options = {**self._running.default_sampling, **self._sampling, **job.options}
+        return params_of_kind(SamplingParams.from_dict(options), {}, self._kind), None
 
     def _tokenize(self, job: Job) -> Any:
         from jaxllm.prompts import tokenize_chat, tokenize_prompt

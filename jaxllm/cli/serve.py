@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from jaxllm.async_engine import AsyncEngine
 
 # Of a configuration file's [sampling]: what makes no default for requests of others.
-NOT_DEFAULTS = ("n", "seed", "logprobs", "prompt_logprobs", "detokenize")
+NOT_DEFAULTS = ("n", "best_of", "seed", "logprobs", "prompt_logprobs", "detokenize")
 
 
 def run(arguments: argparse.Namespace) -> int:

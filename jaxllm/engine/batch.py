@@ -24,9 +24,10 @@ INT_FIELDS = (
     "top_k",
     "min_tokens",
     "uses_table",  # 1: its row of the sampling table applies
-    "wants_logprobs",
+    "wants_logprobs",  # one of NO_LOGPROBS, CHOSEN_LOGPROBS, TOP_LOGPROBS
     "wants_prompt_logprobs",
     "pooling",  # one of POOLING_CODES, 0: the sequence generates
+    "num_candidates",  # of a beam: continuations that the host wants to see
 )
 FLOAT_FIELDS = (
     "temperature",
@@ -38,6 +39,7 @@ FLOAT_FIELDS = (
 )
 ROW_FIELDS = INT_FIELDS + FLOAT_FIELDS
 MAX_STOP_IDS = 8  # of a sequence that decodes several tokens at a time
+NO_LOGPROBS, CHOSEN_LOGPROBS, TOP_LOGPROBS = 0, 1, 2
 POOLING_CODES = {"mean": 1, "last": 2}
 
 
@@ -165,13 +167,14 @@ class BatchPacker:
         fields["seed_low"][slot] = _as_int32(sequence.seed)
         fields["seed_high"][slot] = _as_int32(sequence.seed >> 32)
         fields["uses_table"][slot] = uses_table(sequence)
-        fields["wants_logprobs"][slot] = params.logprobs is not None
+        fields["wants_logprobs"][slot] = _wanted_logprobs(params)
         fields["wants_prompt_logprobs"][slot] = params.prompt_logprobs is not None
         stop_ids = sorted(params.all_stop_token_ids(sequence.eos_token_ids))[:MAX_STOP_IDS]
         self._stop_ids[slot] = NO_TOKEN
         self._stop_ids[slot, : len(stop_ids)] = stop_ids
         pooling = sequence.pooling
         fields["pooling"][slot] = 0 if pooling is None else POOLING_CODES[pooling.pooling]
+        fields["num_candidates"][slot] = sequence.num_candidates
         fields["temperature"][slot] = 0.0 if params.greedy else params.temperature
         for name in ("top_k", "min_tokens", *FLOAT_FIELDS[1:]):
             fields[name][slot] = getattr(params, name)
@@ -211,8 +214,8 @@ class BatchPacker:
 
     @staticmethod
     def _write_shape(batch: Batch, layout: PackedLayout, buffer: np.ndarray) -> None:
-        """Which rows have which tokens, what they sample after, and the blocks to copy. Rows without
-        a token, the last ones, take no part in attention."""
+        """Which rows have which tokens, what they sample after, and the blocks to copy. Rows
+        without a token, the last ones, take no part in attention."""
         num_rows, num_leaders = len(batch.sequences), len(batch.leaders)
         num_seqs = num_rows - num_leaders
         query_start = layout.view(buffer, "query_start")
@@ -289,13 +292,19 @@ def accepted_tokens(batch: Batch, tokens: np.ndarray) -> np.ndarray:
     return yielded
 
 
+def _wanted_logprobs(params: SamplingParams) -> int:
+    if params.logprobs is not None:
+        return TOP_LOGPROBS
+    return CHOSEN_LOGPROBS if params.ranks_answers else NO_LOGPROBS
+
+
 def is_host_bound(
     params: SamplingParams, eos_token_ids: tuple[int, ...], is_constrained: bool
 ) -> bool:
     """Whether the host has to look at each token of such a sequence before the next is computed, or
     wants more of each step than its token."""
     num_stop_ids = len(params.all_stop_token_ids(eos_token_ids))
-    wants_more = params.logprobs is not None or bool(params.stop)
+    wants_more = _wanted_logprobs(params) != NO_LOGPROBS or bool(params.stop)
     return is_constrained or wants_more or num_stop_ids > MAX_STOP_IDS
 
 

@@ -10,7 +10,6 @@ Not thread-safe: one thread calls it. abort() may also come while a dispatched s
 from __future__ import annotations
 
 import logging
-import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -18,22 +17,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jaxllm.config import EngineConfig
-from jaxllm.engine.batch import is_host_bound
-from jaxllm.engine.request import (
-    Detokenizer,
-    QueueFullError,
-    Request,
-    RequestState,
-    SequenceState,
-)
+from jaxllm.engine.beam_search import NOTHING
+from jaxllm.engine.intake import Intake
+from jaxllm.engine.request import QueueFullError, Request
+from jaxllm.engine.request_state import RequestState, SequenceState, take_prompt_logprobs
 from jaxllm.engine.scheduler import NO_DRAFTS, Scheduler
 from jaxllm.engine.sequence import (
     NO_TOKEN,
     NOT_FINITE,
-    NOT_LIMITED,
     Batch,
     Runner,
-    ScheduledSequence,
     Sequence,
     SequenceStatus,
     StepHandle,
@@ -79,8 +72,8 @@ class Engine:
 
     tokenizer: without one, outputs have no text and stop strings are refused. max_num_waiting:
     add_request raises QueueFullError while that many sequences wait; None for no limit.
-    round_budget, max_steps: see Scheduler. speculator: None for no speculation. last_error: what the
-    last failed step raised, for the user.
+    round_budget, max_steps: see Scheduler. speculator: None for no speculation. last_error: what
+    the last failed step raised, for the user.
     """
 
     def __init__(
@@ -111,15 +104,11 @@ class Engine:
         self._states: dict[int, SequenceState] = {}  # by sequence_id, unfinished ones
         self._pending: list[RequestOutput] = []  # what the next step returns
         self._under_way: deque[_StepUnderWay] = deque()  # between two calls of step() at most one
-        self._next_sequence_id = 0
-        self._random = random.Random(config.seed)
-        self._num_prompt_tokens = self._num_generation_tokens = 0
+        self._intake = Intake(config, self.eos_token_ids, tokenizer)
 
     def check(self, request: Request) -> list[int]:
         """The request's prompt as a list of ints. Raises ValueError if it can never be served."""
-        prompt_token_ids = request.check(
-            self.vocab_size, self.config.max_model_len, self.eos_token_ids
-        )
+        prompt_token_ids = request.check(self.vocab_size, self.config, self.eos_token_ids)
         if request.priority and self.config.policy != "priority":
             raise RequestError(
                 f"priority {request.priority} has no effect; start the engine with "
@@ -148,62 +137,11 @@ class Engine:
                 f"{self.scheduler.num_waiting} sequences are waiting, the limit is "
                 f"{self.max_num_waiting}; try again later"
             )
-        state = RequestState(request, prompt_token_ids)
+        state = self._intake.state_of(request, prompt_token_ids)
         self._requests[request.request_id] = state
-        for sequence in self._make_sequences(request, prompt_token_ids):
-            detokenizer = self._make_detokenizer(sequence)
-            sequence_state = SequenceState(state, sequence, detokenizer)
-            state.sequences.append(sequence_state)
-            self._states[sequence.sequence_id] = sequence_state
-        self.scheduler.add(*(sequence_state.sequence for sequence_state in state.sequences))
-
-    def _make_sequences(self, request: Request, prompt_token_ids: list[int]) -> list[Sequence]:
-        seed = request.params.seed
-        if seed is None:
-            seed = self._random.getrandbits(63)
-        max_num_tokens = NOT_LIMITED
-        if request.pooling is None:
-            wanted = request.params.max_tokens or NOT_LIMITED
-            max_num_tokens = min(len(prompt_token_ids) + wanted, self.config.max_model_len)
-        constraint = request.constraint
-        host_bound = is_host_bound(request.params, self.eos_token_ids, constraint is not None)
-        first_id = self._next_sequence_id
-        self._next_sequence_id += request.params.n
-        return [
-            Sequence(
-                sequence_id=first_id + index,
-                request_id=request.request_id,
-                index=index,
-                params=request.params,
-                seed=(seed + index + 2**63) % 2**64 - 2**63,  # stays a signed 64-bit number
-                token_ids=list(prompt_token_ids),
-                num_prompt_tokens=len(prompt_token_ids),
-                eos_token_ids=self.eos_token_ids,
-                priority=request.priority,
-                arrival_time=request.arrival_time,
-                cache_salt=request.cache_salt,
-                max_num_tokens=max_num_tokens,
-                is_host_bound=host_bound,
-                pooling=request.pooling,
-                constraint=None if constraint is None else constraint.copy(),
-            )
-            for index in range(request.params.n)
-        ]
-
-    def _make_detokenizer(self, sequence: Sequence) -> Detokenizer | None:
-        params = sequence.params
-        if self.tokenizer is None or not params.detokenize:
-            return None
-        from jaxllm.text.detokenizer import IncrementalDetokenizer
-
-        return IncrementalDetokenizer(
-            self.tokenizer,
-            sequence.token_ids,
-            skip_special_tokens=params.skip_special_tokens,
-            stop=params.stop or (),
-            include_stop_str_in_output=params.include_stop_str_in_output,
-            min_tokens=params.min_tokens,
-        )
+        sequences = [sequence_state.sequence for sequence_state in state.sequences]
+        self._states.update((s.sequence.sequence_id, s) for s in state.sequences)
+        self.scheduler.add(*sequences)
 
     def abort(self, request_id: str) -> None:
         """Ends a request at once; the next step returns its final output. An unknown or finished
@@ -242,8 +180,8 @@ class Engine:
             raise
 
     def _drafts(self) -> Mapping[int, tuple[int, ...]]:
-        """What the next step shall verify. Where that is likely to pay, the step under way is waited
-        for: drafts follow a known token."""
+        """What the next step shall verify. Where that is likely to pay, the step under way is
+        waited for: drafts follow a known token."""
         speculator, num_spare_rows = self._speculator, self.scheduler.num_spare_rows
         if speculator is None or num_spare_rows <= 0:
             return NO_DRAFTS
@@ -262,9 +200,9 @@ class Engine:
             handle, needs_host = _FailedStep(error), True
         else:
             for sequence, _, _, samples, _, drafts in batch.sequences:
-                if drafts:
-                    needs_host = True
-                if samples and sequence.pooling is None:
+                if drafts or (samples and sequence.num_candidates):
+                    needs_host = True  # how it goes on is decided when the tokens are known
+                if samples and sequence.pooling is None and not sequence.num_candidates:
                     sequence.expect(samples)
                     if sequence.constraint is not None:
                         needs_host = True
@@ -312,6 +250,10 @@ class Engine:
                 if state.sequence.status is not SequenceStatus.FINISHED
             ]
             request.num_unfinished = len(unfinished)
+            if request.search is not None and len(unfinished) < len(request.sequences):
+                for state in unfinished:  # the interrupt came while the search was being ended
+                    self.scheduler.finish(state.sequence, "error")
+                request.num_unfinished, unfinished = 0, []
             self._states.update((state.sequence.sequence_id, state) for state in unfinished)
         self._emit([r for r in self._requests.values() if not r.num_unfinished])
         self.scheduler.restart(state.sequence for state in self._states.values())
@@ -321,7 +263,8 @@ class Engine:
         """Takes the step's tokens, ends what has to end, and makes the outputs. Rows of sequences
         that ended, or began anew, since the step was scheduled are passed over."""
         if result.prompt_logprobs is not None:
-            self._take_prompt_logprobs(step.batch, result)
+            take_prompt_logprobs(step.batch, result, self._states, self.tokenizer)
+        searches: dict[RequestState, list[int]] = {}  # the rows of their beams
         touched: list[RequestState] = []
         token_ids = result.token_ids.T.tolist()  # [number of scheduled sequences, num_steps]
         for row, scheduled in enumerate(step.batch.sequences):
@@ -336,6 +279,9 @@ class Engine:
                 request.first_scheduled_time = step.dispatch_time
             if not samples and token_ids[row][0] != NOT_FINITE:
                 continue
+            if request.search is not None:
+                searches.setdefault(request, []).append(row)
+                continue
             try:
                 if not self._take_row(state, row, token_ids[row], samples, result):
                     continue
@@ -347,9 +293,60 @@ class Engine:
             if request.last_step != self.meter.num_steps:
                 request.last_step = self.meter.num_steps
                 touched.append(request)
+        touched += [r for r, rows in searches.items() if self._advance(r, rows, result)]
         self._emit(touched)
         if not self._requests:
             self.meter.result_time = None
+
+    def _advance(self, request: RequestState, rows: list[int], result: StepResult) -> bool:
+        """Takes in a step of a request's search, of whose beams these are the rows. Whether it has
+        ended."""
+        search, leader = request.search, request.sequences[0].sequence
+        assert search is not None
+        assert result.candidates is not None
+        beams, found = leader.unit, result.candidates
+        try:
+            if (result.token_ids[0, rows] == NOT_FINITE).any():
+                if self.scheduler.isolate(leader):
+                    return False
+                raise ArithmeticError("the model's logits are not finite")
+            if not leader.num_output_tokens:
+                self._count_first_token(request)
+                search.restart()
+            children = search.advance(
+                found.token_ids[rows, : search.num_candidates],
+                found.logprobs[rows, : search.num_candidates],
+                lambda beam: beams[beam].output_token_ids,
+            )
+            self.meter.num_generation_tokens += len(children)
+            if children:
+                self.scheduler.rearrange(leader, children)
+            else:
+                self._end_search(request, None)
+        except Exception as error:
+            self._log_fault(request, error)
+            self._end_search(request, "error")
+        return not request.num_unfinished
+
+    def _end_search(self, request: RequestState, reason: str | None) -> None:
+        """Ends a request's search, if it has not ended. Its first sequences become its answers, as
+        far as it has any. reason: what cut the search short, None: nothing did."""
+        if not request.num_unfinished:
+            return
+        search, leader = request.search, request.sequences[0].sequence
+        assert search is not None
+        if reason is None:
+            found = search.best()
+        elif leader.num_output_tokens:
+            found = search.best([beam.output_token_ids for beam in leader.unit])
+        else:  # it has not begun, or was to begin again
+            found = []
+        self.scheduler.end_search(leader)
+        for state in request.sequences:
+            hypothesis = found.pop(0) if found else NOTHING
+            state.take_hypothesis(hypothesis)
+            ended = None if reason == "error" else hypothesis.finish_reason
+            self._end(state, ended or reason or "length")
 
     def _take_row(
         self, state: SequenceState, row: int, token_ids: list[int], samples: int, result: StepResult
@@ -380,16 +377,14 @@ class Engine:
         """The next token, or the embedding, of a sequence whose known tokens are computed. Whether
         it has ended."""
         request, sequence = state.request, state.sequence
-        if request.first_token_time is None:
-            request.first_token_time = time.monotonic()
-            self._num_prompt_tokens += len(request.prompt_token_ids)
+        self._count_first_token(request)
         if sequence.pooling is not None:
             assert result.pooled is not None
             request.embedding = sequence.pooling.finish(result.pooled[row])
             self._finish(state, "stop")
             return True
-        self._num_generation_tokens += 1
-        if sequence.params.logprobs is not None:
+        self.meter.num_generation_tokens += 1
+        if sequence.params.logprobs is not None or sequence.params.ranks_answers:
             assert result.logprobs is not None
             state.add_logprobs(result.logprobs, row, token_id, self.tokenizer)
         finish_reason = state.append(token_id)
@@ -397,28 +392,20 @@ class Engine:
             self._finish(state, finish_reason)
         return finish_reason is not None
 
-    def _take_prompt_logprobs(self, batch: Batch, result: StepResult) -> None:
-        first_row = 0
-        rows = result.prompt_logprobs
-        assert rows is not None
-        for row, scheduled in enumerate(batch.sequences):
-            if self._wants_prompt_logprobs(scheduled):
-                state = self._states.get(scheduled.sequence.sequence_id)
-                # rows that are not finite are computed again, or their request ends
-                is_valid = scheduled.attempt == scheduled.sequence.attempt
-                if state is not None and is_valid and result.token_ids[0, row] != NOT_FINITE:
-                    start, end = scheduled.start, scheduled.start + scheduled.num_tokens
-                    state.request.add_prompt_logprobs(rows, first_row, start, end, self.tokenizer)
-            first_row += scheduled.num_tokens
-
-    @staticmethod
-    def _wants_prompt_logprobs(scheduled: ScheduledSequence) -> bool:
-        """Of a request's answers only the first computes the whole prompt."""
-        sequence = scheduled.sequence
-        return sequence.params.prompt_logprobs is not None and sequence.index == 0
+    def _count_first_token(self, request: RequestState) -> None:
+        if request.first_token_time is None:
+            request.first_token_time = time.monotonic()
+            self.meter.num_prompt_tokens += len(request.prompt_token_ids)
 
     def _finish(self, state: SequenceState, reason: str) -> None:
-        """Ends one sequence, if it has not ended. What it held is free before its text is made."""
+        """Ends one sequence, if it has not ended, or the search that it belongs to."""
+        if state.request.search is not None:
+            self._end_search(state.request, reason)
+        else:
+            self._end(state, reason)
+
+    def _end(self, state: SequenceState, reason: str) -> None:
+        """What a sequence held is free before its text is made."""
         if self._states.pop(state.sequence.sequence_id, None) is None:
             return
         self.scheduler.finish(state.sequence, reason)
@@ -450,28 +437,9 @@ class Engine:
 
     def snapshot(self) -> EngineSnapshot:
         """Who holds which blocks now."""
-        return take_snapshot(self.scheduler, self._num_generation_tokens)
+        return take_snapshot(self.scheduler, self.meter.num_generation_tokens)
 
     def stats(self) -> EngineStats:
         """The engine's counters; cheap enough for every scrape, not for every step."""
-        scheduler, pool, meter = self.scheduler, self.scheduler.pool, self.meter
-        return EngineStats(
-            num_running=scheduler.num_running,
-            num_waiting=scheduler.num_waiting,
-            kv_usage=pool.usage,
-            prefix_queries=pool.num_queried_tokens,
-            prefix_hits=pool.num_hit_tokens,
-            num_preemptions=scheduler.num_preemptions,
-            num_prompt_tokens=self._num_prompt_tokens,
-            num_generation_tokens=self._num_generation_tokens,
-            num_computed_tokens=meter.num_computed_tokens,
-            num_steps=meter.num_steps,
-            num_failed_steps=meter.num_failed_steps,
-            median_host_seconds=meter.median_host_seconds,
-            median_dispatch_seconds=meter.median_dispatch_seconds,
-            step_seconds=meter.step_seconds.stats(),
-            step_tokens=meter.step_tokens.stats(),
-            runner=self.runner.figures(),
-            idle_seconds=meter.idle_seconds,
-            speculation=None if self._speculator is None else self._speculator.stats(),
-        )
+        speculation = None if self._speculator is None else self._speculator.stats()
+        return self.meter.stats(self.scheduler, self.runner.figures(), speculation)

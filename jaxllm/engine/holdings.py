@@ -8,10 +8,11 @@ anything, and from whom it is taken, is the scheduler's affair.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from itertools import islice
 
 from jaxllm.config import EngineConfig
+from jaxllm.engine.beam_search import Child
 from jaxllm.engine.block_pool import BlockPool, extend_block_hashes
 from jaxllm.engine.sequence import ScheduledSequence, Sequence, SequenceStatus
 
@@ -101,14 +102,70 @@ class Holdings:
         sequence.status = SequenceStatus.RUNNING
         sequence.slot = self._free_slots.pop()
 
-    def fork(self, parent: Sequence, child: Sequence) -> None:
-        """Gives a follower one of its leader's reserved slots and all that the leader has computed:
-        both hold the same blocks from now on."""
-        assert parent.num_reserved_slots
-        parent.num_reserved_slots -= 1
+    def fork(self, leader: Sequence, parent: Sequence, child: Sequence) -> None:
+        """Gives a follower one of its leader's reserved slots and all that the parent, which may be
+        the leader, has computed: both hold the same blocks from now on."""
+        assert leader.num_reserved_slots
+        leader.num_reserved_slots -= 1
         self._num_reserved -= 1
         self._take_slot(child)
         self._share(parent, child)
+
+    def rearrange(self, leader: Sequence, children: Collection[Child]) -> None:
+        """The beams of a search give way to these, with their new tokens. A beam's first child
+        takes its place. The others share its blocks in the place of beams that have no child, or of
+        followers. The leader is a beam whatever happens."""
+        beams = leader.unit
+        parents = [beams[child.parent] for child in children]
+        first_child = {parent: number for number, parent in reversed(list(enumerate(parents)))}
+        at = {number: parent for parent, number in first_child.items()}
+        spare = [beam for beam in beams if beam not in first_child] + leader.followers
+        if leader not in first_child:  # the last child takes its place
+            spare.remove(leader)
+            spare.insert(0, leader)
+            if len(at) == len(parents):
+                del at[len(parents) - 1]
+        for number, parent in enumerate(parents):
+            if number not in at:
+                at[number] = spare.pop(0)
+                self._branch(leader, parent, at[number])
+        leader.beams = [at[number] for number in range(len(parents))]
+        for beam, new in zip(leader.beams, children, strict=True):
+            beam.token_ids.append(new.token_id)
+        alive = set(leader.beams)
+        leader.followers = [s for s in (*leader.followers, *beams) if s not in alive]
+        for beam in leader.followers:
+            self._give_up(leader, beam)
+
+    def _branch(self, leader: Sequence, parent: Sequence, child: Sequence) -> None:
+        """The child becomes what the parent is."""
+        if child.status is SequenceStatus.RUNNING:
+            self.pool.free(child.block_table)
+            self._share(parent, child)
+        else:
+            self.fork(leader, parent, child)
+        child.token_ids = parent.token_ids.copy()
+
+    def _give_up(self, leader: Sequence, beam: Sequence) -> None:
+        """A beam that is not needed now follows its leader again."""
+        if beam.status is SequenceStatus.RUNNING:
+            self.release(beam)
+            leader.num_reserved_slots += 1
+            self._num_reserved += 1
+
+    def release_search(self, leader: Sequence) -> None:
+        """Frees what all beams hold; the search is back at its prompt."""
+        leader.followers = [*leader.followers, *(b for b in leader.beams if b is not leader)]
+        for beam in leader.unit:
+            if beam.status is SequenceStatus.RUNNING:
+                self.release(beam)
+        self.forget_output(leader)
+
+    def forget_output(self, sequence: Sequence) -> None:
+        """Of a search: nothing but the prompt is known."""
+        sequence.beams = []
+        del sequence.token_ids[sequence.num_prompt_tokens :]
+        del sequence.block_hashes[sequence.num_prompt_tokens // self._block_size :]
 
     def _share(self, parent: Sequence, child: Sequence) -> None:
         num_blocks = -(-parent.num_computed_tokens // self._block_size)
@@ -137,6 +194,7 @@ class Holdings:
         self.unreserve(sequence)
         self._free_slots.append(sequence.slot)
         sequence.slot = -1
+        sequence.status = SequenceStatus.WAITING
 
     def num_missing(self, sequences: Iterable[Sequence], start: int, end: int) -> int:
         """Blocks that these lack for writing their tokens start to end, copies included. Of a block

@@ -19,11 +19,13 @@ The rules, in order:
 5. Of a request's sequences the first computes the prompt. It is admitted when there are slots for
    all (at most max_num_seqs); the others begin in the step that computes the prompt's last token,
    and are sampled from its logits too. Those that found no slot then wait, each for itself.
-6. Where all decode and nobody waits, the device decodes several tokens at a time. Blocks for them
+6. The beams of a search are scheduled together or not at all, and their tokens are ranked before
+   the next step is scheduled. A search that is preempted begins again from its prompt.
+7. Where all decode and nobody waits, the device decodes several tokens at a time. Blocks for them
    are taken only from those that are free.
-7. A sequence that decodes may bring drafts: tokens that may follow its last one. They take rows that
-   no sequence needs now or in the next steps, what is left of the budget, and blocks that are free;
-   nobody is preempted for them.
+8. A sequence that decodes may bring drafts: tokens that may follow its last one. They take rows
+   that no sequence needs, what is left of the budget, and blocks that are free; nobody is preempted
+   for them.
 A preempted sequence goes back to its place by the policy's order, ahead of all that came later, and
 is computed again, as far as the prefix cache has not kept it.
 """
@@ -31,11 +33,12 @@ is computed again, as far as the prefix cache has not kept it.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from itertools import groupby
 from types import MappingProxyType
 
 from jaxllm.config import EngineConfig
+from jaxllm.engine.beam_search import Child
 from jaxllm.engine.block_pool import BlockPool
 from jaxllm.engine.holdings import Holdings
 from jaxllm.engine.sequence import Batch, ScheduledSequence, Sequence, SequenceStatus
@@ -86,14 +89,14 @@ class Scheduler:
     @property
     def num_spare_rows(self) -> int:
         """How many drafts the next step has room for; none while anybody waits."""
-        if len(self._waiting) or self._holdings.num_reserved_slots:
+        if len(self._waiting):
             return 0
-        return self.config.max_num_rows - self.num_running
+        return self.config.max_num_rows - self.num_running - self._holdings.num_reserved_slots
 
     @property
     def running(self) -> tuple[Sequence, ...]:
         """The sequences that hold a slot, oldest first."""
-        return tuple(self._running)
+        return tuple(member for sequence in self._running for member in sequence.unit)
 
     def add(self, *sequences: Sequence) -> None:
         """Queues sequences of one request. Of those that have nothing but their prompt the first
@@ -125,6 +128,18 @@ class Scheduler:
         sequence.finish_reason = reason
         self.add(*_take_followers(sequence))
 
+    def rearrange(self, leader: Sequence, children: Collection[Child]) -> None:
+        """Continues a search: forks and prunes its beams."""
+        self._holdings.rearrange(leader, children)
+
+    def end_search(self, leader: Sequence) -> None:
+        """Frees what a search holds, at any moment. Its sequences are still to be finished."""
+        if leader.status is SequenceStatus.RUNNING:
+            self._running.remove(leader)
+        self._waiting.discard(leader)
+        self._holdings.release_search(leader)
+        leader.followers = []
+
     def distrust(self, sequence: Sequence) -> None:
         """What the sequence computed is wrong: none of its blocks is found any more, even if they
         are no longer its own."""
@@ -134,7 +149,8 @@ class Scheduler:
         """What an unfinished sequence computed is wrong, be it by its own fault or by that of one
         whose blocks it shares. None of its blocks is found any more, and it is computed again
         without sharing any. False, and only the former, if it shared none."""
-        self.distrust(sequence)
+        for member in sequence.unit:
+            self.distrust(member)
         if sequence.is_isolated or not self.pool.enable_prefix_caching:
             return False
         sequence.is_isolated = True
@@ -146,9 +162,9 @@ class Scheduler:
         return True
 
     def restart(self, sequences: Iterable[Sequence]) -> None:
-        """After the device lost its state: these unfinished sequences, which must be all, a request's
-        in a row, wait to be computed again; the pool is empty. Needs no consistent state to begin
-        with."""
+        """After the device lost its state: these unfinished sequences, which must be all, those of
+        a request in a row, wait to be computed again; the pool is empty. Needs no consistent state
+        to begin with."""
         self.pool.clear()
         self._clear()
         all_sequences = list(sequences)
@@ -163,7 +179,9 @@ class Scheduler:
             sequence.num_reserved_slots = 0
             sequence.is_forked = False
             sequence.block_table.clear()
-            sequence.followers.clear()
+            sequence.followers = []
+            if sequence.num_candidates:
+                self._holdings.forget_output(sequence)
         for _, group in groupby(all_sequences, lambda sequence: sequence.request_id):
             self.add(*group)
 
@@ -209,13 +227,13 @@ class Scheduler:
         if not self._holdings.num_reserved_slots:
             return begun, leaders
         for number, (leader, start, num_tokens, samples, *_) in enumerate(rows):
-            if not samples or not leader.followers:
+            if not samples or not leader.followers or leader.num_candidates:
                 continue
             for follower in _take_followers(leader):
                 if not leader.num_reserved_slots:
                     self._waiting.add(follower)
                     continue
-                self._holdings.fork(leader, follower)
+                self._holdings.fork(leader, leader, follower)
                 insort(self._running, follower, key=self._key)
                 end = start + num_tokens
                 begun.append(ScheduledSequence(follower, end, 0, 1, follower.attempt))
@@ -271,20 +289,27 @@ class Scheduler:
         running = self._running
         block_size = self.config.block_size
         budget = self.config.max_num_batched_tokens
-        index = 0
+        index = num_passed = 0
         while index < len(running):  # preemption shortens the list from its end
             sequence = running[index]
             index += 1
+            if sequence.beams:
+                if not self._schedule_beams(sequence, decodes):
+                    break
+                num_passed += len(sequence.beams)
+                budget -= len(sequence.beams)
+                continue
+            num_passed += 1
             start, num_total = sequence.num_computed_tokens, len(sequence.token_ids)
             num_tokens = num_total - start
             if num_total >= sequence.max_num_tokens or not num_tokens:
                 continue  # the step under way ends it
             if num_tokens > 1:
-                num_tokens = min(num_tokens, budget - (len(running) - index))
+                num_tokens = min(num_tokens, budget - (self.num_running - num_passed))
             verified: tuple[int, ...] = ()
             if sequence.sequence_id in drafts:
                 assert num_tokens == 1
-                num_later = len(running) - index
+                num_later = self.num_running - num_passed
                 room = min(budget - num_later - 1, sequence.max_num_tokens - num_total - 1)
                 verified = self._affordable(
                     sequence, drafts[sequence.sequence_id][:room], num_later
@@ -318,10 +343,22 @@ class Scheduler:
             drafts = drafts[:-1]
         return drafts
 
+    def _schedule_beams(self, leader: Sequence, decodes: list[ScheduledSequence]) -> bool:
+        """One token for each beam of a search, or for none if it was the youngest and preempted
+        itself."""
+        start = leader.num_computed_tokens
+        if not self._take_blocks(leader, start, start + 1):
+            return False
+        for beam in leader.beams:
+            decodes.append(ScheduledSequence(beam, start, 1, 1, beam.attempt))
+            beam.num_computed_tokens = start + 1
+            self._holdings.register(beam, start + 1, start)
+        return True
+
     def _take_blocks(self, sequence: Sequence, start: int, end: int) -> bool:
-        """Blocks of its own for these tokens of a running sequence, preempting the youngest as long
-        as that is needed."""
-        unit = (sequence,)
+        """Blocks of its own for these tokens of a running sequence, or of all beams of its search,
+        preempting the youngest as long as that is needed."""
+        unit = sequence.unit
         while self._holdings.num_missing(unit, start, end) > self.pool.num_free_blocks:
             victim = self._running.pop()
             self._preempt(victim)
@@ -332,9 +369,11 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Puts a sequence that no longer counts as running back into the queue."""
-        self._holdings.release(sequence)
+        if sequence.num_candidates:
+            self._holdings.release_search(sequence)
+        else:
+            self._holdings.release(sequence)
         self._count_preemption(sequence)
-        sequence.status = SequenceStatus.WAITING
         self._waiting.add(sequence)
 
     def _count_preemption(self, sequence: Sequence) -> None:

@@ -55,7 +55,8 @@ class Sequence:
     user, hashed, or written to a sampling table.
 
     followers: sequences of the same request that are not scheduled before this one's prompt is
-    computed; then they begin with its blocks.
+    computed; then they begin with its blocks. beams: of a beam search that has begun, the sequences
+    that are its beams now; the search's first sequence is one of them and stands for all.
     """
 
     sequence_id: int  # unique within the engine, never reused
@@ -82,6 +83,8 @@ class Sequence:
     num_registered_blocks: int = 0  # the first ones of block_table, which the pool has been told of
     followers: list[Sequence] = field(default_factory=list)
     num_reserved_slots: int = 0  # kept free for followers
+    beams: list[Sequence] = field(default_factory=list)
+    num_candidates: int = 0  # continuations that a beam search wants to see; 0: it is none
     is_forked: bool = False  # the block of its last token may be in other tables too
     table_version: int = 0  # raised when block_table changes otherwise than at its end
     attempt: int = 0  # raised when what steps under way yield for it must not be used
@@ -105,6 +108,11 @@ class Sequence:
     @property
     def num_known_tokens(self) -> int:
         return len(self.token_ids) - self.num_pending
+
+    @property
+    def unit(self) -> list[Sequence]:
+        """What is scheduled and preempted with it: itself, or all beams of its search."""
+        return self.beams or [self]
 
     @property
     def output_token_ids(self) -> list[int]:
@@ -135,12 +143,12 @@ class Sequence:
 
 
 class ScheduledSequence(NamedTuple):
-    """num_tokens query tokens of a sequence, from token start on; none of one that only samples, see
-    Batch.leaders. samples: how many tokens the step may yield for it; 0 unless the last of token_ids
-    is computed. More than one only in a batch of several steps, and fewer come only if the sequence
-    ends with the last of them; or with drafts. attempt: the sequence's, when it was scheduled.
-    drafts: tokens that may follow the last known one and are computed with it. The step yields those
-    that the model generates too, and one token more."""
+    """num_tokens query tokens of a sequence, from token start on; none of one that only samples,
+    see Batch.leaders. samples: how many tokens the step may yield for it; 0 unless the last of
+    token_ids is computed. More than one only in a batch of several steps, where fewer come only if
+    the sequence ends with the last of them, or with drafts. attempt: the sequence's, when it was
+    scheduled. drafts: tokens that may follow the last known one and are computed with it; the step
+    yields those that the model generates too, and one token more."""
 
     sequence: Sequence
     start: int
@@ -155,8 +163,8 @@ class Batch:
     """What one step computes. Decoding sequences (one query token, sampling) come first. num_steps:
     how often the device decodes before it returns; above 1 only if all sequences decode. leaders:
     one entry for each of the last rows of ``sequences``, those without a query token; it is the row
-    from whose logits they sample. Each draft has a row too, after all others. copies: (source, destination) of whole blocks, made in this order
-    before anything else."""
+    from whose logits they sample. Each draft has a row of its own after all of these. copies:
+    (source, destination) of whole blocks, made in this order before anything else."""
 
     sequences: list[ScheduledSequence]
     num_tokens: int
@@ -197,22 +205,31 @@ class LogprobRows:
     top_logprobs: np.ndarray  # [R, MAX_LOGPROBS] float32
 
 
+@dataclass(frozen=True)
+class CandidateRows:
+    """The likeliest next tokens of R beams, best first; minus infinity: there are no more."""
+
+    token_ids: np.ndarray  # [R, k] int32
+    logprobs: np.ndarray  # [R, k] float32
+
+
 NOT_FINITE = -1  # as a sampled token
 NO_TOKEN = -2
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Column i of token_ids and row i of logprobs belong to batch.sequences[i]. They mean nothing
+    """Column i of token_ids and row i of others belong to batch.sequences[i]. They mean nothing
     where that sequence does not sample, but NOT_FINITE says even there that its logits are not
-    finite; nor do tokens after one that ends the sequence. After the tokens that drafts yielded comes
-    NO_TOKEN. Rows of prompt_logprobs are the step's
-    query tokens in batch order: row j is about the known token that follows query token j."""
+    finite; nor do tokens after one that ends the sequence. Where drafts yield fewer tokens than
+    others of the batch, NO_TOKEN comes after them. Rows of prompt_logprobs are the step's query
+    tokens in batch order: row j is about the known token that follows query token j."""
 
     token_ids: np.ndarray  # [num_steps or 1 + most drafts, number of scheduled sequences] int32
     logprobs: LogprobRows | None = None  # None unless a sequence of the batch asked
     prompt_logprobs: LogprobRows | None = None
     pooled: np.ndarray | None = None  # [number of scheduled sequences, E] float32, if one embeds
+    candidates: CandidateRows | None = None  # None unless a sequence is a beam
 
 
 @dataclass(frozen=True)

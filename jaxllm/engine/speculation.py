@@ -70,8 +70,9 @@ class Proposer(Protocol):
 
 
 class PromptLookup:
-    """Guesses that what came after the last few tokens before comes after them again ("prompt lookup
-    decoding"): the longest match of up to MAX_MATCH tokens counts, and of these the latest."""
+    """Guesses that what came after the last few tokens before comes after them again, in prompt and
+    output ("prompt lookup decoding"): the longest match of up to MAX_MATCH tokens counts, and of
+    these the latest."""
 
     def propose(self, sequences: list[Sequence], count: int) -> list[list[int]]:
         """See Proposer. Costs some microseconds a sequence, growing with its length."""
@@ -215,8 +216,9 @@ class Speculator:
 
 
 def may_speculate(sequence: Sequence) -> bool:
-    """Whether a step may yield several tokens for it: not where the next token's form depends on the
-    last one, or more than tokens is wanted of each step."""
+    """Whether a step may yield several tokens for it: not where the host says after each of them
+    what may follow, or wants more of each step than tokens."""
     params = sequence.params
     wants_more = params.logprobs is not None or params.prompt_logprobs is not None
-    return sequence.constraint is None and sequence.pooling is None and not wants_more
+    is_free = sequence.constraint is None and sequence.pooling is None
+    return is_free and not (wants_more or params.ranks_answers or sequence.num_candidates)

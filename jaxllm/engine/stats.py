@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from jaxllm.engine.histogram import Histogram, HistogramStats
+from jaxllm.engine.scheduler import Scheduler
 from jaxllm.engine.sequence import Batch, RunnerFigures
 from jaxllm.engine.speculation import SpeculationStats
 from jaxllm.engine.timeline import DEVICE, Timeline
@@ -60,6 +61,7 @@ class StepMeter:
 
     def __init__(self, timeline: Timeline | None = None) -> None:
         self.num_steps = self.num_failed_steps = self.num_computed_tokens = 0
+        self.num_prompt_tokens = self.num_generation_tokens = 0
         self.idle_seconds = 0.0
         self.result_time: float | None = None
         self.host_seconds: deque[float] = deque(maxlen=NUM_TIMES_KEPT)
@@ -104,3 +106,32 @@ class StepMeter:
     @property
     def median_dispatch_seconds(self) -> float | None:
         return median(self.dispatch_seconds) if self.dispatch_seconds else None
+
+    def stats(
+        self,
+        scheduler: Scheduler,
+        figures: RunnerFigures,
+        speculation: SpeculationStats | None,
+    ) -> EngineStats:
+        """What was counted here, by the scheduler, by the runner, and of drafts."""
+        pool = scheduler.pool
+        return EngineStats(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            kv_usage=pool.usage,
+            prefix_queries=pool.num_queried_tokens,
+            prefix_hits=pool.num_hit_tokens,
+            num_preemptions=scheduler.num_preemptions,
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_generation_tokens=self.num_generation_tokens,
+            num_computed_tokens=self.num_computed_tokens,
+            num_steps=self.num_steps,
+            num_failed_steps=self.num_failed_steps,
+            median_host_seconds=self.median_host_seconds,
+            median_dispatch_seconds=self.median_dispatch_seconds,
+            step_seconds=self.step_seconds.stats(),
+            step_tokens=self.step_tokens.stats(),
+            runner=figures,
+            idle_seconds=self.idle_seconds,
+            speculation=speculation,
+        )

@@ -16,12 +16,20 @@ import numpy as np
 
 from jaxllm.config import EngineConfig
 from jaxllm.engine.batch import BatchPacker, Bucket, PackedLayout, accepted_tokens, table_row
-from jaxllm.engine.sequence import Batch, LogprobRows, RunnerFigures, Sequence, StepResult
+from jaxllm.engine.sequence import (
+    Batch,
+    CandidateRows,
+    LogprobRows,
+    RunnerFigures,
+    Sequence,
+    StepResult,
+)
 from jaxllm.engine.timeline import Timeline
 from jaxllm.models.decoder import Model, Parameters
 from jaxllm.runtime import kv_cache, memory
 from jaxllm.runtime.buckets import MIN_ROWS, fitting, plan_buckets
 from jaxllm.runtime.compilation import Compiler
+from jaxllm.runtime.ranking import Candidates
 from jaxllm.runtime.sampler import Logprobs
 from jaxllm.runtime.step import (
     State,
@@ -73,15 +81,18 @@ class DeviceStep:
         else:
             tokens = tokens[: self.batch.num_steps, :num_seqs]
         logprobs = prompt_logprobs = None
-        if any(p.logprobs is not None for p in params):
+        if any(p.logprobs is not None or p.ranks_answers for p in params):
             logprobs = _fetch(self.outputs.logprobs, num_seqs)
         has_prompt_rows = self.outputs.prompt_logprobs.logprobs.shape[0] > 0
         if has_prompt_rows and any(p.prompt_logprobs is not None for p in params):
             prompt_logprobs = _fetch(self.outputs.prompt_logprobs, self.batch.num_tokens)
-        pooled = None
+        pooled = candidates = None
+        if any(s.sequence.num_candidates for s in self.batch.sequences):
+            found = self.outputs.candidates
+            candidates = CandidateRows(*(np.asarray(array)[:num_seqs] for array in found))
         if any(s.sequence.pooling is not None for s in self.batch.sequences):
             pooled = np.asarray(self.outputs.pooled)[:num_seqs]
-        return StepResult(tokens, logprobs, prompt_logprobs, pooled)
+        return StepResult(tokens, logprobs, prompt_logprobs, pooled, candidates)
 
 
 class ModelRunner:
@@ -307,7 +318,8 @@ class ModelRunner:
 
 def _outputs_tree() -> StepOutputs:
     logprobs = Logprobs(0, 0, 0, 0)  # type: ignore[arg-type]
-    return StepOutputs(0, 0, logprobs, logprobs)  # type: ignore[arg-type]
+    candidates = Candidates(0, 0)  # type: ignore[arg-type]
+    return StepOutputs(0, 0, logprobs, logprobs, candidates)  # type: ignore[arg-type]
 
 
 def _fetch(rows: Logprobs, num_rows: int) -> LogprobRows:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jaxllm.engine.batch import IN_PROMPT, IS_STOP
 from jaxllm.engine.sequence import NO_TOKEN
+from jaxllm.runtime.ranking import top_k
 from jaxllm.sampling_params import MAX_LOGPROBS
 
 COUNT_MASK = IS_STOP - 1
@@ -57,9 +58,9 @@ def sample(
     slots: jax.Array,  # [S] int32
     tokens_before: jax.Array | None = None,  # [S, D] int32
 ) -> jax.Array:
-    """The next token of each row, [S] int32. tokens_before: those which the row comes after beside
-    the ones that token_info counts; NO_TOKEN for fewer. If options leave a row no token at all, which the
-    engine refuses beforehand, it is some token of the vocabulary.
+    """The next token of each row, [S] int32. If options leave a row no token at all, which the
+    engine refuses beforehand, it is some token of the vocabulary. tokens_before: drafts that a row
+    comes after, which token_info does not count yet; NO_TOKEN where they are fewer.
 
     On CPU a tile of rows at a time: what is computed between stays in the processor's cache, and
     the pages of large temporaries cost more there than the arithmetic (64 rows: 10 times more).
@@ -285,16 +286,23 @@ def count_tokens(
 
 def raw_logprobs(logits: jax.Array, tokens: jax.Array) -> Logprobs:
     """Of the chosen tokens [R] and the most likely ones, under softmax(logits [R, V])."""
-    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)  # [R, 1]
     log_total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     num_top = min(MAX_LOGPROBS, logits.shape[-1])
-    top, top_ids = jax.lax.top_k(logits, num_top)
+    top, top_ids = top_k(logits, num_top)
     missing = ((0, 0), (0, MAX_LOGPROBS - num_top))
-    return Logprobs(
-        (chosen - log_total)[:, 0],
-        1 + (logits > chosen).sum(axis=-1, dtype=jnp.int32),
-        jnp.pad(top_ids.astype(jnp.int32), missing),
-        jnp.pad(top - log_total, missing, constant_values=-jnp.inf),
+    return chosen_logprobs(logits, tokens)._replace(
+        top_token_ids=jnp.pad(top_ids.astype(jnp.int32), missing),
+        top_logprobs=jnp.pad(top - log_total, missing, constant_values=-jnp.inf),
+    )
+
+
+def chosen_logprobs(logits: jax.Array, tokens: jax.Array) -> Logprobs:
+    """Of the chosen tokens only."""
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)  # [R, 1]
+    log_total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    return no_logprobs(tokens.shape[0])._replace(
+        logprobs=(chosen - log_total)[:, 0],
+        ranks=1 + (logits > chosen).sum(axis=-1, dtype=jnp.int32),
     )
 
 

@@ -14,9 +14,10 @@ from jaxllm.config import ModelConfig
 from jaxllm.engine.batch import FLOAT_FIELDS, ROW_FIELDS, PackedLayout
 from jaxllm.engine.sequence import NOT_FINITE, ON_DEVICE
 from jaxllm.models.decoder import Model, Parameters
-from jaxllm.runtime import kv_cache, sampler
+from jaxllm.runtime import kv_cache, ranking, sampler
 from jaxllm.runtime.drafts import DraftChains
 from jaxllm.runtime.pooling import pool_hidden
+from jaxllm.runtime.ranking import Candidates
 from jaxllm.runtime.sampler import Logprobs, SamplingInputs
 from pallas_kernels.ragged_paged_attention.api import ragged_paged_attention
 from pallas_kernels.ragged_paged_attention.layout import TokenRows, token_rows
@@ -54,6 +55,7 @@ class StepOutputs(NamedTuple):
     pooled: jax.Array  # [S, E] float32
     logprobs: Logprobs  # of S rows
     prompt_logprobs: Logprobs  # of T rows
+    candidates: Candidates  # of S rows
 
 
 class StepOptions(NamedTuple):
@@ -114,14 +116,19 @@ def _compute(
     logits = model.logits(params, hidden[batch["logit_rows"]], batch["counts"][0])  # [S, V] float32
 
     inputs = SamplingInputs(**{name: batch[name] for name in SamplingInputs._fields})
+    is_beam = batch["num_candidates"] > 0  # its token is chosen by the host, so it is not drawn
+    inputs = inputs._replace(temperature=jnp.where(is_beam, 0.0, inputs.temperature))
     chains = DraftChains.of(batch, layout.max_drafts)
     tokens = sampler.sample(
         logits, inputs, state.token_info, state.logit_bias, batch["slots"], chains.tokens_before
     )
-    logprobs = jax.lax.cond(
-        jnp.any(batch["wants_logprobs"] > 0),
-        lambda: sampler.raw_logprobs(logits, tokens),
-        lambda: sampler.no_logprobs(tokens.shape[0]),
+    logprobs = jax.lax.switch(
+        batch["wants_logprobs"].max(),
+        [
+            lambda: sampler.no_logprobs(tokens.shape[0]),
+            lambda: sampler.chosen_logprobs(logits, tokens),
+            lambda: sampler.raw_logprobs(logits, tokens),
+        ],
     )
     pooled, hidden_sums = pool_hidden(hidden, rows, batch, state.hidden_sums)
     is_finite = jnp.all(jnp.isfinite(logits), axis=-1)  # [S]
@@ -130,6 +137,7 @@ def _compute(
         pooled,
         logprobs,
         _prompt_logprobs(model, params, hidden, token_ids, rows, batch, layout),
+        ranking.find_candidates(logits, batch["temperature"], batch["num_candidates"]),
     )
     state = state._replace(kv_pool=kv_pool, hidden_sums=hidden_sums)
     return _next_state(state, batch, tokens, chains), outputs
@@ -194,6 +202,7 @@ def _decode_several(
         jnp.zeros((num_seqs, state.hidden_sums.shape[1]), jnp.float32),
         sampler.no_logprobs(num_seqs),
         sampler.no_logprobs(0),
+        ranking.no_candidates(num_seqs),
     )
     token_ids = _known_or_sampled(batch["token_ids"], batch["slots"], state.last_tokens)
     tokens = jnp.zeros((layout.max_steps, num_seqs), jnp.int32)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from jaxllm.async_engine import AsyncEngine
+from jaxllm.beam_search_params import BeamSearchParams
 from jaxllm.sampling_params import SamplingParams
 from jaxllm.server.context import ServerContext
 from jaxllm.server.errors import ApiError
@@ -153,7 +154,7 @@ def _checked(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
 def chat_starter(
     messages: list[dict[str, Any]],
     form: AnswerFormat,
-    params: SamplingParams,
+    params: SamplingParams | BeamSearchParams,
     *,
     priority: int | None = None,
     cache_salt: str | None = None,

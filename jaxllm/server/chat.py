@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from aiohttp import web
 from pydantic import Field
 
+from jaxllm.beam_search_params import BeamSearchParams
 from jaxllm.outputs import CompletionOutput, RequestOutput
 from jaxllm.sampling_params import MAX_LOGPROBS, SamplingParams
 from jaxllm.server.answers import (
@@ -20,6 +21,7 @@ from jaxllm.server.answers import (
     chat_starter,
     read_answer,
 )
+from jaxllm.server.best_answers import BestAnswerFields, search_params
 from jaxllm.server.body import ListOf, StrictModel, open_request
 from jaxllm.server.chat_messages import Messages, template_messages
 from jaxllm.server.context import RECORD, ServerContext
@@ -48,7 +50,7 @@ class NamedToolChoice(StrictModel):
     function: NamedFunction
 
 
-class ChatRequest(StreamedFields):
+class ChatRequest(StreamedFields, BestAnswerFields):
     """OpenAI's fields and vLLM's. Those with `only` are not supported."""
 
     messages: Messages
@@ -77,8 +79,11 @@ class ChatRequest(StreamedFields):
     web_search_options: Annotated[Any, only()] = None
     functions: Annotated[Any, only([])] = None
     function_call: Annotated[Any, only("none")] = None
-    best_of: Annotated[Any, only(1)] = None
-    use_beam_search: Annotated[Any, only(False)] = None
+
+    @property
+    def longest(self) -> int | None:
+        """In tokens, by either name."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
 def add_routes(app: web.Application) -> None:
@@ -96,12 +101,15 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
         single_call=body.parallel_tool_calls is False,
         wanted=WantedForm(body.response_format, body.structured_outputs),
     )
-    params = _params(body, context, form)
-    context.check_room(params.n)
+    _check_combinations(body)
+    search = _search(body, context, form)
+    params = search.sampling_params() if search else _params(body, context, form)
+    num_sequences = search.beam_width if search else params.num_sequences
+    context.check_room(num_sequences)
     start = chat_starter(
         template_messages(body.messages),
         form,
-        params,
+        search or params,
         priority=body.priority,
         cache_salt=body.cache_salt,
         add_generation_prompt=body.add_generation_prompt,
@@ -109,7 +117,7 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
         chat_template_kwargs=body.chat_template_kwargs,
     )
     outputs = run_request(
-        context, start, params, body.timeout, request[RECORD], prompt_field="messages"
+        context, start, params, body.timeout, request[RECORD], "messages", num_sequences
     )
     reply = _Reply(request, body, form, params)
     if body.stream:
@@ -123,14 +131,30 @@ def _tool_choice(choice: NamedToolChoice | ToolChoiceMode | None) -> ToolChoice:
     return ToolChoice(choice)
 
 
+def _search(
+    body: ChatRequest, context: ServerContext, form: AnswerFormat
+) -> BeamSearchParams | None:
+    structured = {} if form.structured is None else {form.structured.source: form.structured}
+    return search_params(
+        body,
+        body,
+        context,
+        max_tokens=body.longest,
+        logprobs=body.logprobs or None,
+        skip_special_tokens=form.sampling.get("skip_special_tokens"),
+        **structured,
+    )
+
+
 def _params(body: ChatRequest, context: ServerContext, form: AnswerFormat) -> SamplingParams:
-    _check_combinations(body)
-    max_tokens = body.max_completion_tokens
-    other: dict[str, Any] = {"logprobs": (body.top_logprobs or 0) if body.logprobs else None}
+    other: dict[str, Any] = {
+        "logprobs": (body.top_logprobs or 0) if body.logprobs else None,
+        "best_of": body.best_of,
+    }
     return sampling_params(
         body,
         context,
-        max_tokens=body.max_tokens if max_tokens is None else max_tokens,
+        max_tokens=body.longest,
         stream=body.stream,
         **form.sampling,
         **other,
@@ -142,6 +166,7 @@ def _check_combinations(body: ChatRequest) -> None:
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs = true", param="top_logprobs")
     body.check_stream()
+    body.check_best(body.stream)
     if body.parallel_tool_calls is not None and not body.tools:
         raise ApiError(400, "parallel_tool_calls needs tools", param="parallel_tool_calls")
     lengths = {body.max_tokens, body.max_completion_tokens} - {None}

@@ -9,8 +9,10 @@ from aiohttp import web
 from pydantic import Field
 
 from jaxllm.async_engine import AsyncEngine
+from jaxllm.beam_search_params import BeamSearchParams
 from jaxllm.outputs import CompletionOutput, RequestOutput
 from jaxllm.sampling_params import MAX_LOGPROBS, SamplingParams
+from jaxllm.server.best_answers import BestAnswerFields, search_params
 from jaxllm.server.body import OneText, Texts, one_by_one, open_request
 from jaxllm.server.context import RECORD, ServerContext
 from jaxllm.server.errors import ApiError
@@ -23,16 +25,14 @@ from jaxllm.server.sampling import only, sampling_params
 DEFAULT_MAX_TOKENS = 16
 
 
-class CompletionRequest(StreamedFields):
+class CompletionRequest(StreamedFields, BestAnswerFields):
     """OpenAI's fields and vLLM's. Those with `only` are not supported."""
 
     prompt: Texts
     max_tokens: int | None = Field(None, ge=0)
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool = False
-    best_of: int | None = None
     suffix: Annotated[Any, only("")] = None
-    use_beam_search: Annotated[Any, only(False)] = None
     response_format: ResponseFormat | None = None
     structured_outputs: dict[str, Any] | None = None
     metadata: dict[str, str] | None = Field(None, max_length=16)
@@ -52,11 +52,20 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
     """Continues one or several prompts, at once or as a stream."""
     context, body = await open_request(request, CompletionRequest)
     prompts = one_by_one(body.prompt)
-    params = _params(body, context, len(prompts))
-    context.check_room(params.n * len(prompts))
-    record = request[RECORD]
+    _check_combinations(body, len(prompts))
+    search = _search(body, context, len(prompts))
+    params = search.sampling_params() if search else _params(body, context, len(prompts))
+    num_sequences = search.beam_width if search else params.num_sequences
+    context.check_room(num_sequences * len(prompts))
     requests = [
-        run_request(context, _starter(body, prompt, params), params, body.timeout, record)
+        run_request(
+            context,
+            _starter(body, prompt, search or params),
+            params,
+            body.timeout,
+            request[RECORD],
+            num_sequences=num_sequences,
+        )
         for prompt in prompts
     ]
     reply = _Reply(request, body, params)
@@ -65,11 +74,27 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
     return await reply.respond(await run_all(requests))
 
 
+def _search(
+    body: CompletionRequest, context: ServerContext, num_prompts: int
+) -> BeamSearchParams | None:
+    max_tokens = body.max_tokens
+    return search_params(
+        body,
+        body,
+        context,
+        max_tokens=DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
+        num_prompts=num_prompts,
+        logprobs=body.logprobs,
+        response_format=body.response_format,
+        structured_outputs=body.structured_outputs,
+    )
+
+
 def _params(body: CompletionRequest, context: ServerContext, num_prompts: int) -> SamplingParams:
-    _check_combinations(body, num_prompts)
     wanted = WantedForm(body.response_format, body.structured_outputs)
     other: dict[str, Any] = {
         "logprobs": body.logprobs,
+        "best_of": body.best_of,
         "structured_outputs": wanted.structured(),
     }
     if body.echo and body.logprobs is not None:
@@ -89,9 +114,8 @@ def _check_combinations(body: CompletionRequest, num_prompts: int) -> None:
     """Raises ApiError for what does not go together."""
     if not num_prompts:
         raise ApiError(400, "prompt must not be empty", param="prompt")
-    if body.best_of is not None and body.best_of != (body.n or 1):
-        raise ApiError(400, "best_of must be n, or left out", param="best_of")
     body.check_stream()
+    body.check_best(body.stream)
     if body.stream and body.echo and body.logprobs is not None:
         raise ApiError(400, "logprobs of an echoed prompt cannot be streamed", param="logprobs")
     if body.echo and body.logprobs is not None and body.prompt_logprobs is not None:
@@ -100,7 +124,9 @@ def _check_combinations(body: CompletionRequest, num_prompts: int) -> None:
         )
 
 
-def _starter(body: CompletionRequest, prompt: OneText, params: SamplingParams) -> Start:
+def _starter(
+    body: CompletionRequest, prompt: OneText, params: SamplingParams | BeamSearchParams
+) -> Start:
     def start(engine: AsyncEngine, request_id: str) -> Outputs:
         return engine.generate(
             as_prompt(prompt),

@@ -65,10 +65,12 @@ async def run_request(
     timeout: float | None = None,
     record: RequestRecord | None = None,
     prompt_field: str = "prompt",
+    num_sequences: int | None = None,
 ) -> Outputs:
     """The outputs of one request. When its time (the client's or the server's, whichever is
     shorter) is over it ends with the finish reason "timeout" and what it has. Close it to abort.
     record: the HTTP request's, for its line in the log. prompt_field: of the client's request.
+    num_sequences: that the engine computes, if it is not what params says.
 
     Raises ApiError if the engine takes it neither now (429, 503) nor ever (400).
     """
@@ -77,7 +79,7 @@ async def run_request(
     limits = [limit for limit in (timeout, context.options.request_timeout) if limit is not None]
     seconds = min(limits, default=None)
     with (
-        context.registered(request_id, params.n),
+        context.registered(request_id, num_sequences or params.num_sequences),
         _Observer(context, params, record) as observer,
         _naming(prompt_field),
     ):

@@ -99,7 +99,8 @@ def sampling_params(
         params = SamplingParams(**values, output_kind=kind)
     except RequestError as error:
         raise to_api_error(error) from None
-    _check_size(params, engine.running.engine.config.max_model_len, num_prompts, context.options)
+    longest = engine.running.engine.config.max_model_len
+    check_size(params.num_sequences, params.max_tokens, longest, num_prompts, context.options)
     return params
 
 
@@ -121,23 +122,28 @@ def _at_most(limit: int, values: Sequence[Any] | Mapping[str, Any], name: str) -
         raise ApiError(400, f"{name} may have {limit} entries, got {len(values)}", param=name)
 
 
-def _check_size(
-    params: SamplingParams, max_model_len: int, num_prompts: int, options: ServerOptions
+def check_size(
+    num_sequences: int,
+    max_tokens: int | None,
+    max_model_len: int,
+    num_prompts: int,
+    options: ServerOptions,
 ) -> None:
-    """What one request may ask for, all its answers together."""
-    num_answers = params.n * num_prompts
+    """What one request may ask for, all that is computed for each of its prompts together. Raises
+    ApiError."""
+    num_answers = num_sequences * num_prompts
     if num_answers > options.max_completions:
         raise ApiError(
             400,
-            f"{num_prompts} prompts with n = {params.n} are {num_answers} answers; the limit is "
-            f"{options.max_completions}",
+            f"{num_prompts} prompts with n = {num_sequences} are {num_answers} answers; the limit "
+            f"is {options.max_completions}",
             param="n",
         )
-    max_tokens = min(params.max_tokens or max_model_len, max_model_len)
-    if num_answers * max_tokens > options.max_total_tokens:
+    longest = min(max_tokens or max_model_len, max_model_len)
+    if num_answers * longest > options.max_total_tokens:
         raise ApiError(
             400,
-            f"{num_answers} answers of {max_tokens} tokens are more than the "
+            f"{num_answers} answers of {longest} tokens are more than the "
             f"{options.max_total_tokens} tokens that a request may ask for; lower max_tokens or n",
             param="max_tokens",
         )

@@ -17,6 +17,7 @@ from jaxllm.engine.sequence import (
     NOT_FINITE,
     ON_DEVICE,
     Batch,
+    CandidateRows,
     LogprobRows,
     RunnerFigures,
     Sequence,
@@ -60,6 +61,14 @@ def fake_logprobs(token_ids: list[int]) -> LogprobRows:
     top_ids = (chosen[:, None] + offsets - (ranks[:, None] - 1)) % VOCAB_SIZE  # [R, MAX_LOGPROBS]
     top = np.broadcast_to(-(offsets + 1) / 4, top_ids.shape).astype(np.float32)
     return LogprobRows((-ranks / 4).astype(np.float32), ranks, top_ids, top)
+
+
+def hashed_logprobs(token_ids: list[int]) -> np.ndarray:
+    """[VOCAB_SIZE] float32: a distribution that depends on every token before it."""
+    content = array("i", token_ids).tobytes()
+    digest = blake2b(content, digest_size=2 * VOCAB_SIZE).digest()
+    logits = np.frombuffer(digest, np.uint16) / 2.0**13  # [VOCAB_SIZE] in [0, 8)
+    return (logits - np.log(np.exp(logits).sum())).astype(np.float32)
 
 
 class FakeHandle:
@@ -116,7 +125,7 @@ class FakeRunner:
         for source, destination in batch.copies:
             self._pool[self._block(destination)] = self._pool[self._block(source)]
         written: set[int] = set()
-        rows, following, pooled, later_rows = [], [], [], []
+        rows, following, pooled, contexts, later_rows = [], [], [], [], []
         for scheduled in batch.sequences:
             sequence, start = scheduled.sequence, scheduled.start
             end = start + scheduled.num_tokens
@@ -129,6 +138,7 @@ class FakeRunner:
             written.update(new)
             # In batch order: a row must not read what a later row writes.
             view = replace(sequence, token_ids=token_ids, num_pending=0)
+            contexts.append(token_ids)
             if (sequence.sequence_id, scheduled.attempt) in self._ended:
                 # What a loop ended is not known to the host yet. It writes and yields nonsense.
                 self._pool[new] = NONSENSE
@@ -151,8 +161,25 @@ class FakeRunner:
         if later_rows:
             tokens = accepted_tokens(batch, np.append(tokens[0], later_rows))
         result = self._result(batch, tokens, following)
-        result = replace(result, pooled=np.array(pooled, np.float32))
+        result = replace(
+            result,
+            pooled=np.array(pooled, np.float32),
+            candidates=self._candidates(batch, contexts),
+        )
         return FakeHandle(result, self.result_error())
+
+    @staticmethod
+    def _candidates(batch: Batch, contexts: list[list[int]]) -> CandidateRows | None:
+        most = max(row.sequence.num_candidates for row in batch.sequences)
+        if not most:
+            return None
+        found = np.stack([hashed_logprobs(context) for context in contexts])  # [R, VOCAB_SIZE]
+        best = np.argsort(-found, axis=-1)[:, :most]
+        missing = ((0, 0), (0, most - best.shape[1]))
+        return CandidateRows(
+            np.pad(best.astype(np.int32), missing),
+            np.pad(np.take_along_axis(found, best, -1), missing, constant_values=-np.inf),
+        )
 
     def _token_ids(self, sequence: Sequence, end: int) -> list[int]:
         """Those that the host knows, the others as the device has them: all but the last in the
@@ -232,7 +259,7 @@ class FakeRunner:
         return StepResult(
             token_ids,
             fake_logprobs(token_ids[0].tolist())
-            if any(p.logprobs is not None for p in params)
+            if any(p.logprobs is not None or p.ranks_answers for p in params)
             else None,
             fake_logprobs(following)
             if any(p.prompt_logprobs is not None for p in params)

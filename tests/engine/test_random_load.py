@@ -6,12 +6,15 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from fake_runner import EOS, VOCAB_SIZE, FakeRunner, fake_rank, hashed_token
+from beam_reference import beam_search
+from fake_runner import EOS, VOCAB_SIZE, FakeRunner, fake_rank, hashed_logprobs, hashed_token
 
+from jaxllm.beam_search_params import BeamSearchParams
 from jaxllm.config import EngineConfig
 from jaxllm.engine.engine import Engine, Request
 from jaxllm.engine.sequence import Sequence, SequenceStatus
 from jaxllm.engine.speculation import Speculator
+from jaxllm.request_error import RequestError
 from jaxllm.sampling_params import RequestOutputKind, SamplingParams
 
 NOT_FINITE_ERROR = "ArithmeticError: the model's logits are not finite"
@@ -47,8 +50,25 @@ def random_request(rng, config, number, prefixes, is_quiet):
     prefix = rng.choice(prefixes)[: rng.randrange(longest + 1)]
     prompt = [*prefix, *(rng.randrange(VOCAB_SIZE) for _ in range(rng.randrange(1, 6)))][:longest]
     max_tokens = rng.randrange(1, 20)
+    priority = rng.randrange(3) if config.policy == "priority" else 0
+    options = {
+        "priority": priority, "arrival_time": float(number),
+        "cache_salt": rng.choice([None, None, "x"]),
+    }  # fmt: skip
+    if not is_quiet and rng.random() < 0.25:
+        beam_search = BeamSearchParams(
+            beam_width=rng.randrange(1, 5),
+            max_tokens=max_tokens,
+            length_penalty=rng.choice([-0.5, 0.0, 1.0, 1.0, 1.5]),
+            early_stopping=rng.choice([True, False, "never"]),
+            ignore_eos=rng.random() < 0.5,
+        )
+        params = beam_search.sampling_params()
+        return Request(str(number), prompt, params, beam_search=beam_search, **options)
+    n = rng.choice([1, 1, 1, 2, 3])
     params = SamplingParams(
-        n=rng.choice([1, 1, 1, 2, 3]),
+        n=n,
+        best_of=rng.choice([None, None, n, n + 1]),
         seed=rng.randrange(1000),
         max_tokens=rng.choice([max_tokens, max_tokens, None]),
         min_tokens=rng.choice([0, 0, min(3, max_tokens)]),
@@ -58,11 +78,26 @@ def random_request(rng, config, number, prefixes, is_quiet):
         prompt_logprobs=rng.choice([None, None, None, 1]),
         output_kind=rng.choice(list(RequestOutputKind)),
     )
-    priority = rng.randrange(3) if config.policy == "priority" else 0
-    return Request(
-        str(number), prompt, params, priority=priority, arrival_time=float(number),
-        cache_salt=rng.choice([None, None, "x"]),
-    )  # fmt: skip
+    return Request(str(number), prompt, params, **options)
+
+
+def searched(request, config):
+    """What a plain beam search finds: tokens, reason, stop reason of each answer."""
+    params, prompt = request.beam_search, list(request.prompt_token_ids)
+    max_len = min(params.max_tokens, config.max_model_len - len(prompt))
+    stops = () if params.ignore_eos else (EOS,)
+    found = beam_search(lambda output: hashed_logprobs([*prompt, *output]), params, stops, max_len)
+    return [(answer.token_ids, answer.reason, None) for answer in found]
+
+
+def expected_answers(request, config):
+    """Of a request in an otherwise empty world, in order."""
+    if request.beam_search is not None:
+        return searched(request, config)
+    every = [alone(request, i, config.max_model_len) for i in range(request.params.num_sequences)]
+    if request.params.ranks_answers:
+        every.sort(key=lambda answer: sum(fake_rank(token_id) for token_id in answer[0]))
+    return every[: request.params.n]
 
 
 def alone(request, index, max_model_len):
@@ -143,6 +178,7 @@ class World:
         self.tokens: dict[tuple[str, int], list[int]] = {}
         self.ends: dict[tuple[str, int], tuple] = {}
         self.finished: dict[str, object] = {}
+        self.num_made = 0
         self.aborted: set[str] = set()
         self.counts: Counter[str] = Counter()
 
@@ -180,10 +216,15 @@ class World:
     def act(self):
         rng = self.rng
         while rng.random() < self.arrival_rate:
-            number = len(self.requests)
+            self.num_made += 1
+            number = self.num_made
             request = random_request(rng, self.config, number, self.prefixes, self.is_quiet)
-            self.requests[request.request_id] = request
-            self.engine.add_request(request)
+            try:
+                self.engine.add_request(request)
+            except RequestError:  # a search that never fits
+                self.counts["refused"] += 1
+            else:
+                self.requests[request.request_id] = request
         if self.requests and rng.random() < 0.05:
             request_id = rng.choice(list(self.requests))
             if request_id not in self.finished:
@@ -206,12 +247,15 @@ class World:
         for sequence in live:
             running = sequence.status is SequenceStatus.RUNNING
             assert running == (sequence in self.engine.scheduler.running)
+            assert len({beam.num_tokens for beam in sequence.beams}) <= 1
             assert running == bool(sequence.block_table) == (sequence.slot >= 0)
 
     def receive(self, output):
         assert output.request_id not in self.finished
         request = self.requests[output.request_id]
         kind = request.params.output_kind
+        if request.params.ranks_answers:
+            assert output.finished
         assert output.finished or kind is not RequestOutputKind.FINAL_ONLY
         for answer in output.outputs:
             key = (output.request_id, answer.index)
@@ -255,12 +299,21 @@ class World:
     def check_answers(self):
         assert self.finished.keys() == self.requests.keys()
         for request_id, request in self.requests.items():
-            for index in range(request.params.n):
-                tokens, *end = alone(request, index, self.config.max_model_len)
+            is_whole = True
+            if request.beam_search is not None or request.params.ranks_answers:
+                reasons = {self.ends[request_id, i][0] for i in range(request.params.n)}
+                is_whole = reasons.isdisjoint(("abort", "error"))
+                if request.params.ranks_answers and self.may_fail:
+                    is_whole = False  # the best one may have failed, and another be in its place
+                self.counts["searched"] += is_whole and request.beam_search is not None
+                self.counts["ranked"] += is_whole and request.params.ranks_answers
+            for index, (tokens, *end) in enumerate(expected_answers(request, self.config)):
                 got = self.tokens[request_id, index]
                 reason, stop_reason = self.ends[request_id, index]
                 self.counts[reason] += 1
-                if reason in ("abort", "error"):
+                if not is_whole:  # which are the best depends on where they were cut short
+                    assert request_id in self.aborted or self.may_fail
+                elif reason in ("abort", "error"):
                     assert reason == "error" or request_id in self.aborted
                     assert reason == "abort" or self.may_fail
                     assert got == tokens[: len(got)]
@@ -299,13 +352,22 @@ def test_every_answer_is_that_of_the_request_alone(first_seed, mode):
     assert counts["error"] == counts["interrupts"] == 0
     # The load has to be one that could go wrong.
     assert counts["stop"] + counts["length"] > 300
-    for name in ("preemptions", "cached", "abort", "prompt_logprobs", "forks", "copies"):
+    for name in (
+        "preemptions",
+        "cached",
+        "abort",
+        "prompt_logprobs",
+        "forks",
+        "copies",
+        "searched",
+        "ranked",
+    ):
         assert counts[name] > 10, name
     assert (counts["pending"] > 100) == mode["overlap"]
     assert (counts["several"] > 30) == ("max_steps_per_dispatch" in mode)
     if "num_speculative_tokens" in mode:
-        assert counts["accepted"] > 50
-        assert counts["drafts"] > counts["accepted"] + 50
+        assert counts["accepted"] > 30
+        assert counts["drafts"] > counts["accepted"] + 30
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)

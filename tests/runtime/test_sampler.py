@@ -15,7 +15,7 @@ from sampling_reference import changed_logits, log_softmax, probabilities
 from scipy import stats
 
 from jaxllm.engine.batch import IN_PROMPT, INT_FIELDS, IS_STOP
-from jaxllm.engine.request import token_logprobs
+from jaxllm.engine.request_state import token_logprobs
 from jaxllm.engine.sequence import LogprobRows
 from jaxllm.runtime import sampler
 from jaxllm.runtime.sampler import SamplingInputs

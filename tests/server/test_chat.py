@@ -10,7 +10,7 @@ import openai
 import pytest
 from server_on_a_thread import RunningServer
 
-from jaxllm import RequestOutput, SamplingParams
+from jaxllm import BeamSearchParams, RequestOutput, SamplingParams
 
 MESSAGES: Any = [{"role": "user", "content": "Hello"}]
 GREEDY: Any = {"temperature": 0, "max_tokens": 12, "extra_body": {"ignore_eos": True}}
@@ -121,6 +121,28 @@ def test_several_answers_are_seeded_each_with_its_own_seed(client: openai.OpenAI
     whole = texts(stream=False)
     assert len(set(whole)) == 3
     assert texts(stream=True) == whole
+
+
+def test_beam_search_and_best_of_return_the_likeliest(
+    client: openai.OpenAI, server: RunningServer
+) -> None:
+    search = BeamSearchParams(beam_width=4, n=2, max_tokens=8)
+    outputs = server.engine.chat(MESSAGES, search)
+
+    async def last() -> RequestOutput:
+        return [output async for output in outputs][-1]
+
+    expected = [answer.text for answer in server.call(last()).outputs]
+    beams: Any = {"use_beam_search": True, "best_of": 4}
+    drawn: Any = {"best_of": 4}
+    options: Any = {"n": 2, "max_tokens": 8, "temperature": 1.0}
+    for extra, texts in ((beams, expected), (drawn, None)):
+        reply = client.chat.completions.create(
+            model="tiny", messages=MESSAGES, extra_body=extra, **options
+        )
+        assert [choice.index for choice in reply.choices] == [0, 1]
+        if texts is not None:
+            assert [choice.message.content for choice in reply.choices] == texts
 
 
 def test_stop_logit_bias_and_token_lists_reach_the_engine(
@@ -247,6 +269,8 @@ def test_a_deadline_ends_a_request_with_what_it_has(
         ("modalities", ["text", "audio"], "not supported"),
         ("tools", [{"type": "function", "function": {"name": "f"}}], "not supported"),
         ("store", True, "not supported"),
+        ("best_of", 0, "greater than or equal to 1"),
+        ("length_penalty", 2.0, "use_beam_search"),
         ("priority", 1, "scheduling_policy"),
         ("top_logprobs", 2, "logprobs"),
         ("stream_options", {"include_usage": True}, "stream"),

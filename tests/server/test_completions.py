@@ -10,7 +10,7 @@ import openai
 import pytest
 from server_on_a_thread import RunningServer
 
-from jaxllm import RequestOutput, SamplingParams
+from jaxllm import BeamSearchParams, RequestOutput, SamplingParams
 
 PROMPTS = ["The quick brown", "Once upon a time"]
 GREEDY: Any = {"temperature": 0, "max_tokens": 10, "extra_body": {"ignore_eos": True}}
@@ -145,8 +145,29 @@ def test_sixteen_tokens_are_the_default(client: openai.OpenAI) -> None:
         ({"prompt": None}, "prompt"),
         ({}, "prompt"),
         ({"prompt": "a", "suffix": "b"}, "suffix"),
-        ({"prompt": "a", "best_of": 2}, "best_of"),
-        ({"prompt": "a", "use_beam_search": True}, "use_beam_search"),
+        ({"prompt": "a", "best_of": 2}, "best_of"),  # of the same greedy answer
+        ({"prompt": "a", "best_of": 1, "n": 2, "temperature": 1.0}, "best_of"),
+        ({"prompt": "a", "best_of": 2, "temperature": 1.0, "stream": True}, "best_of"),
+        ({"prompt": "a", "length_penalty": 1.0}, "length_penalty"),
+        ({"prompt": "a", "early_stopping": True}, "early_stopping"),
+        *(
+            ({"prompt": "a", "use_beam_search": True, "n": 2, **fields}, param)
+            for fields, param in (
+                ({"stream": True}, "use_beam_search"),
+                ({"n": 65}, "n"),
+                ({"best_of": 65}, "best_of"),
+                ({"best_of": 1}, "n"),
+                ({"top_p": 0.9}, "top_p"),
+                ({"seed": 1}, "seed"),
+                ({"stop": ["a"]}, "stop"),
+                ({"logprobs": 1}, "logprobs"),
+                ({"prompt_logprobs": 1}, "prompt_logprobs"),
+                ({"presence_penalty": 0.5}, "presence_penalty"),
+                ({"response_format": {"type": "json_object"}}, "response_format"),
+                ({"early_stopping": "later"}, "early_stopping"),
+                ({"max_tokens": 0, "echo": True}, "max_tokens"),
+            )
+        ),
         ({"prompt": "a", "logprobs": 21}, "logprobs"),
         ({"prompt": "a", "max_tokens": 0}, "max_tokens"),
         ({"prompt": ["a"] * 100, "n": 3, "temperature": 1.0}, "n"),
@@ -171,6 +192,45 @@ def test_what_is_wrong_is_named(server: RunningServer, body: Any, param: str | N
     if param is not None:
         assert error["param"].split(".")[0] == param
     server.wait_idle()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"n": 4, "length_penalty": 0.5, "early_stopping": "never"},
+        {"n": 2, "best_of": 5, "top_p": 1.0, "presence_penalty": 0, "ignore_eos": True},
+    ],
+    ids=str,
+)
+def test_beam_search(server: RunningServer, fields: dict[str, Any]) -> None:
+    search = BeamSearchParams(
+        beam_width=fields.get("best_of", fields["n"]),
+        n=fields["n"],
+        max_tokens=10,
+        length_penalty=fields.get("length_penalty", 1.0),
+        early_stopping=fields.get("early_stopping", False),
+        ignore_eos=fields.get("ignore_eos", False),
+    )
+    expected = [server.call(server.engine.beam_search(prompt, search)) for prompt in PROMPTS]
+    body = {"prompt": PROMPTS, "use_beam_search": True, "max_tokens": 10, **fields}
+    reply = httpx.post(f"{server.base_url}/v1/completions", json=body)
+    assert reply.status_code == 200, reply.text
+    answers = [answer for output in expected for answer in output.outputs]
+    choices = reply.json()["choices"]
+    assert [choice["index"] for choice in choices] == list(range(2 * fields["n"]))
+    assert [choice["text"] for choice in choices] == [answer.text for answer in answers]
+    assert [c["finish_reason"] for c in choices] == [a.finish_reason for a in answers]
+    server.wait_idle()
+
+
+def test_the_likeliest_of_several_answers(server: RunningServer) -> None:
+    body = {"prompt": PROMPTS[0], "seed": 3, "max_tokens": 9, "temperature": 1.0, "logprobs": 0}
+    url = f"{server.base_url}/v1/completions"
+    every = httpx.post(url, json={**body, "n": 5}).json()["choices"]
+    best = httpx.post(url, json={**body, "n": 2, "best_of": 5}).json()["choices"]
+    every.sort(key=lambda choice: -sum(choice["logprobs"]["token_logprobs"]))
+    assert [choice["text"] for choice in best] == [choice["text"] for choice in every[:2]]
+    assert [choice["index"] for choice in best] == [0, 1]
 
 
 def test_tokens_of_a_text_and_back(server: RunningServer, expected: list[RequestOutput]) -> None:
