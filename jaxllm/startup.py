@@ -172,7 +172,7 @@ def start_engine(model_name: str, options: EngineOptions) -> RunningEngine:
         round_budget=TokenRounding(runner.buckets),
         max_steps=runner.max_steps,
         timeline=timeline,
-        speculator=_speculator(options, device),
+        speculator=_speculator(options, runner),
     )
     plan = _memory_plan(model, config, runner)
     logger.info("%s on %s: memory %s", model_name, device.device_kind, plan)
@@ -190,11 +190,11 @@ def start_engine(model_name: str, options: EngineOptions) -> RunningEngine:
     )  # fmt: skip
 
 
-def _speculator(options: EngineOptions, device: jax.Device) -> Speculator | None:
+def _speculator(options: EngineOptions, runner: ModelRunner) -> Speculator | None:
     if options.speculative is None:
         return None
-    row_cost = ROW_COSTS.get(device.platform, OTHER_ROW_COST)
-    return Speculator(PromptLookup(), options.max_drafts, row_cost)
+    row_cost = ROW_COSTS.get(runner.device.platform, OTHER_ROW_COST)
+    return Speculator(PromptLookup(), options.max_drafts, row_cost, runner.max_rows)
 
 
 def _end_tokens(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:

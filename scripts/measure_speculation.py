@@ -60,7 +60,7 @@ def random_text(llm: LLM) -> list[tuple[list[int], SamplingParams]]:
 def compare(llm: LLM, prompts: list[tuple[list[int], SamplingParams]], tries: int) -> Figures:
     """Times of all prompts with and without, and what was guessed."""
     engine: Any = llm.engine
-    speculator = engine._speculator
+    speculator = engine.speculator
     seconds: dict[bool, float] = {True: 0.0, False: 0.0}
     num_steps: dict[bool, int] = {True: 0, False: 0}
     num_tokens = num_equal = num_drafts = num_accepted = 0
@@ -69,7 +69,7 @@ def compare(llm: LLM, prompts: list[tuple[list[int], SamplingParams]], tries: in
         outputs: dict[bool, RequestOutput] = {}
         for number in range(2 * tries):
             speculates = bool(number % 2)
-            engine._speculator = speculator if speculates else None
+            engine.speculator = speculator if speculates else None
             before, started = engine.meter.num_steps, time.perf_counter()
             [outputs[speculates]] = llm.generate([prompt], params, use_tqdm=False)
             times[speculates].append(time.perf_counter() - started)
@@ -83,7 +83,7 @@ def compare(llm: LLM, prompts: list[tuple[list[int], SamplingParams]], tries: in
         num_equal += answer == outputs[False].outputs[0].token_ids
         num_drafts += metrics.num_draft_tokens
         num_accepted += metrics.num_accepted_tokens
-    engine._speculator = speculator
+    engine.speculator = speculator
     return {
         "tokens": num_tokens,
         "tokens_per_second_without": num_tokens / seconds[False],

@@ -106,7 +106,7 @@ def test_answers_are_those_without_speculation(plain: LLM, speculating: LLM, nam
         }
     )
     most = speculating.engine.config.num_speculative_tokens
-    speculator = speculating.engine._speculator = Speculator(proposer, most, row_cost=0.001)
+    speculator = speculating.engine.speculator = Speculator(proposer, most, row_cost=0.001)
     got = answers(speculating, CASES[name])
     assert contents(got) == contents(expected)
     alone = speculating.generate([PROMPTS[-1]], CASES[name], use_tqdm=False)
@@ -124,7 +124,7 @@ def test_what_needs_every_step_has_no_drafts(plain: LLM, speculating: LLM, name:
     proposer = OftenRight(
         {(tuple(o.prompt_token_ids), 0): o.outputs[0].token_ids for o in expected}
     )
-    speculator = speculating.engine._speculator = Speculator(proposer, 3, row_cost=0.001)
+    speculator = speculating.engine.speculator = Speculator(proposer, 3, row_cost=0.001)
     assert contents(answers(speculating, NO_DRAFTS[name])) == contents(expected)
     assert speculator.stats().num_drafts == 0
 
@@ -134,7 +134,7 @@ def test_streams_come_in_pieces_of_several_tokens(plain: LLM, speculating: LLM) 
     [expected] = plain.generate([prompt], GREEDY, use_tqdm=False)
     answer = expected.outputs[0].token_ids
     proposer = OftenRight({(tuple(prompt), 0): answer})
-    speculating.engine._speculator = Speculator(proposer, 3, row_cost=0.001)
+    speculating.engine.speculator = Speculator(proposer, 3, row_cost=0.001)
     pieces = [piece.token_ids for piece in speculating.stream(prompt, GREEDY)]
     assert [token for piece in pieces for token in piece] == answer
     assert max(len(piece) for piece in pieces) > 1

@@ -98,7 +98,7 @@ class Engine:
         self.max_num_waiting = max_num_waiting
         self.scheduler = Scheduler(config, round_budget, max_steps)
         self.meter = StepMeter(timeline)
-        self._speculator = speculator
+        self.speculator = speculator
         self.last_error: str | None = None
         self._requests: dict[str, RequestState] = {}
         self._states: dict[int, SequenceState] = {}  # by sequence_id, unfinished ones
@@ -182,14 +182,14 @@ class Engine:
     def _drafts(self) -> Mapping[int, tuple[int, ...]]:
         """What the next step shall verify. Where that is likely to pay, the step under way is
         waited for: drafts follow a known token."""
-        speculator, num_spare_rows = self._speculator, self.scheduler.num_spare_rows
-        if speculator is None or num_spare_rows <= 0:
+        speculator, scheduler = self.speculator, self.scheduler
+        if speculator is None or scheduler.num_spare_rows <= 0:
             return NO_DRAFTS
         if self._under_way:
-            if not speculator.wants_results(self.scheduler.running, num_spare_rows):
+            if not speculator.wants_results(scheduler.running, scheduler.num_spare_rows):
                 return NO_DRAFTS
             self._take_result(self._under_way.popleft())
-        return speculator.drafts(self.scheduler.running, self.scheduler.num_spare_rows)
+        return speculator.drafts(scheduler.running, scheduler.num_spare_rows)
 
     def _dispatch(self, batch: Batch) -> None:
         now = time.monotonic()
@@ -365,9 +365,9 @@ class Engine:
 
     def _take_drafts(self, sequence: Sequence, num_drafts: int, token_ids: list[int]) -> None:
         """Counts how many of a sequence's drafts were right, and forgets the others."""
-        assert self._speculator is not None
+        assert self.speculator is not None
         num_yielded = sum(token_id != NO_TOKEN for token_id in token_ids)
-        self._speculator.count(sequence, num_drafts, num_yielded - 1)
+        self.speculator.count(sequence, num_drafts, num_yielded - 1)
         if sequence.num_pending:
             self.scheduler.roll_back(sequence)
 
@@ -441,5 +441,5 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """The engine's counters; cheap enough for every scrape, not for every step."""
-        speculation = None if self._speculator is None else self._speculator.stats()
+        speculation = None if self.speculator is None else self.speculator.stats()
         return self.meter.stats(self.scheduler, self.runner.figures(), speculation)

@@ -212,9 +212,10 @@ class Scheduler:
         num_steps = self._num_steps(decodes) if only_decodes and not len(self._waiting) else 1
         if num_steps > 1:
             decodes = [self._several(row, num_steps) for row in decodes]
+        num_drafts = sum(len(row.drafts) for row in chunks) if drafts else 0
         return Batch(
             decodes + chunks + followers, num_tokens, len(decodes), num_steps, leaders,
-            self._holdings.copies,
+            self._holdings.copies, num_drafts,
         )  # fmt: skip
 
     def _begin_followers(

@@ -172,16 +172,17 @@ class Batch:
     num_steps: int = 1
     leaders: list[int] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
+    num_drafts: int = 0
 
     @property
     def num_rows(self) -> int:
         """Rows that sample, those of drafts included."""
-        return len(self.sequences) + sum(len(row.drafts) for row in self.sequences)
+        return len(self.sequences) + self.num_drafts
 
     def draft_rows(self) -> Iterator[tuple[int, ScheduledSequence, range]]:
         """Of each sequence with drafts its row, and the rows that sample after its drafts."""
         first = len(self.sequences)
-        for row, scheduled in enumerate(self.sequences):
+        for row, scheduled in enumerate(self.sequences if self.num_drafts else ()):
             if scheduled.drafts:
                 end = first + len(scheduled.drafts)
                 yield row, scheduled, range(first, end)

@@ -8,7 +8,7 @@ they lie in the batch, so that another proposer (a smaller model, extra heads) c
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -116,13 +116,20 @@ class Speculator:
     """Decides what is verified, and counts.
 
     max_drafts: of a sequence in a step. row_cost: what one more token in a step costs, in steps of
-    a single token.
+    a single token. max_rows: how many rows a step can have now; None: what the scheduler allows.
     """
 
-    def __init__(self, proposer: Proposer, max_drafts: int, row_cost: float) -> None:
+    def __init__(
+        self,
+        proposer: Proposer,
+        max_drafts: int,
+        row_cost: float,
+        max_rows: Callable[[], int] | None = None,
+    ) -> None:
         self._proposer = proposer
         self._max_drafts = max_drafts
         self._row_cost = row_cost
+        self._max_rows = max_rows
         self._num_drafts = self._num_draft_tokens = 0
         self._num_accepted_by_position = [0] * max_drafts
 
@@ -168,6 +175,8 @@ class Speculator:
         """
         num_rows, num_expected = len(running), float(len(running))
         most_rows = num_rows + num_spare_rows
+        if self._max_rows is not None:
+            most_rows = min(most_rows, self._max_rows())
         plan = []
         for sequence in self._guessed(running):
             assert sequence.outlook is not None
@@ -177,7 +186,7 @@ class Speculator:
                 if number < num_pending:
                     continue
                 step_cost = 1 + self._row_cost * (num_rows - 1)
-                if count >= most or num_rows == most_rows:
+                if count >= most or num_rows >= most_rows:
                     break
                 if chance * step_cost <= self._row_cost * num_expected:
                     break

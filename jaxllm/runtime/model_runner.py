@@ -265,6 +265,11 @@ class ModelRunner:
         is_ready = any(b.decode_only and self._compiler.is_ready(b) for b in fits)
         return self.config.max_steps_per_dispatch if is_ready else 1
 
+    def max_rows(self) -> int:
+        """How many rows a step that verifies drafts can have without waiting for its program."""
+        mixed = (b for b in self.buckets if not b.decode_only and self._compiler.is_ready(b))
+        return max((bucket.num_seqs for bucket in mixed), default=0)
+
     def _choose(self, batch: Batch) -> Bucket:
         """The least padded bucket among those that are compiled, else the one compiled next. What
         would have fitted best comes first among those that are still to be compiled."""

@@ -273,6 +273,7 @@ class FakeRunner:
         assert len({row.sequence.sequence_id for row in rows}) == len(rows)
         slots = {row.sequence.slot for row in rows}
         assert len(slots) == len(rows) <= config.max_num_seqs
+        assert batch.num_drafts == sum(len(row.drafts) for row in rows)
         assert batch.num_rows <= config.max_num_rows
         assert slots <= set(range(config.max_num_seqs))
         num_seqs = len(rows) - len(batch.leaders)

@@ -103,6 +103,13 @@ def test_drafts_are_bounded_by_rows_and_by_the_end_of_the_answer() -> None:
     assert num_drafts(sequences, row_cost=0.01, spare=9) == [2, 7, 0]
 
 
+def test_no_step_waits_for_a_program_because_of_drafts() -> None:
+    sequences = [decoding(i, REPEATING, (1.0, 1.0)) for i in range(3)]
+    for max_rows, expected in ((8, 5), (3, 0), (0, 0)):
+        speculator = Speculator(PromptLookup(), 7, 0.01, max_rows=lambda most=max_rows: most)
+        assert sum(map(len, speculator.drafts(sequences, 100).values())) == expected
+
+
 @pytest.mark.parametrize(
     "options",
     [{"logprobs": 1}, {"prompt_logprobs": 0}, {"n": 1, "best_of": 2}],
@@ -131,7 +138,7 @@ def test_tokens_count_up_to_the_first_that_differs_from_its_draft() -> None:
         ScheduledSequence(sequence, 2, 1 + len(some), 1 + len(some), 0, some)
         for sequence, some in zip(sequences, drafts, strict=True)
     ]
-    batch = Batch(rows, 9, 1)
+    batch = Batch(rows, 9, 1, num_drafts=5)
     assert batch.num_rows == 9
     tokens = np.array([5, 5, 9, 5, 6, 7, 6, 8, 4])  # after the last tokens; after 5, 6; 5, 6; 5
     n = NO_TOKEN

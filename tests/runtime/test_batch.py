@@ -293,7 +293,7 @@ def test_drafts_have_rows_after_all_others(packer: BatchPacker) -> None:
     plain = sequence_of(2, sequence_id=1, output=(8,), temperature=0.5)
     guessing = sequence_of(4, sequence_id=2, output=(9, 10), temperature=0.75)
     rows = decode(plain), ScheduledSequence(guessing, 4, 3, 3, 0, (11, 12))
-    views = pack(packer, batch_of(*rows, num_decodes=1), layout)
+    views = pack(packer, Batch([*rows], 4, 1, num_drafts=2), layout)
     assert views["token_ids"][:4].tolist() == [8, 10, 11, 12]
     assert views["query_start"].tolist() == [0, 1, 4, 4, 4, 4, 4, 4, 4]
     assert views["distribution"].tolist() == [1, 1, 2]
