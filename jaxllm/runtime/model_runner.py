@@ -118,7 +118,11 @@ class ModelRunner:
         self.config = config
         self.device = device
         self.stats = RunnerStats()
-        self.buckets = plan_buckets(config.max_num_rows, config.max_num_batched_tokens)
+        self.buckets = plan_buckets(
+            config.max_num_rows,
+            config.max_num_batched_tokens,
+            with_drafts=config.num_speculative_tokens > 0,
+        )
         self.compile_wait_since: float | None = None
         self.compile_wait_end = 0.0
         self._compiler = compiler
