@@ -161,6 +161,7 @@ class EngineConfig:
     policy: "fcfs" or "priority" (a smaller priority runs earlier, ties by arrival).
     overlap: schedule and dispatch a step while the one before it runs.
     max_steps_per_dispatch: how many tokens of each sequence the device may decode at a time.
+    num_speculative_tokens: how many drafts of a sequence one step may verify; 0: no speculation.
     """
 
     num_blocks: int
@@ -173,6 +174,7 @@ class EngineConfig:
     seed: int = 0
     overlap: bool = True
     max_steps_per_dispatch: int = 1
+    num_speculative_tokens: int = 0
 
     def __post_init__(self) -> None:
         for name in (
@@ -182,6 +184,10 @@ class EngineConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if not isinstance(self.num_speculative_tokens, int) or self.num_speculative_tokens < 0:
+            raise ValueError(
+                f"num_speculative_tokens must not be negative, got {self.num_speculative_tokens!r}"
+            )
         if self.policy not in ("fcfs", "priority"):
             raise ValueError(f"policy must be 'fcfs' or 'priority', got {self.policy!r}")
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -189,12 +195,23 @@ class EngineConfig:
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
                 f"max_num_seqs ({self.max_num_seqs}), or a step could not decode them all"
             )
+        if self.max_num_batched_tokens <= self.num_speculative_tokens:
+            raise ValueError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be more than "
+                f"num_speculative_tokens ({self.num_speculative_tokens}), or no step could verify "
+                f"them all"
+            )
         if self.num_blocks * self.block_size < self.max_model_len:
             raise ValueError(
                 f"the block pool holds {self.num_blocks * self.block_size} tokens, fewer than one "
                 f"sequence of max_model_len {self.max_model_len}; lower max_model_len or give the "
                 f"pool more memory"
             )
+
+    @property
+    def max_num_rows(self) -> int:
+        """How many tokens a step may sample: one for each sequence, or for one with its drafts."""
+        return max(self.max_num_seqs, 1 + self.num_speculative_tokens)
 
     @property
     def max_blocks_per_seq(self) -> int:

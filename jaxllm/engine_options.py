@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+SPECULATIVE_METHODS = ("ngram",)
+DEFAULT_SPECULATIVE_TOKENS = 7  # with the token before them as many rows as products are padded to
+MAX_SPECULATIVE_TOKENS = 31
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
@@ -20,6 +24,9 @@ class EngineOptions:
     overlap: schedule and dispatch a step while the one before it runs.
     max_steps_per_dispatch: most tokens of each sequence that the device decodes at a time, while
         nothing waits; None: 1 on CPU, else 4.
+    speculative: "ngram" (guess that what came after the last few tokens before comes again, and
+        verify several such tokens in one step) or None.
+    num_speculative_tokens: most tokens of a sequence that a step verifies; None: 7.
     compilation: "background" (start with the first few buckets; the others follow after the first
         step), "ahead" (start when all are compiled) or "on_demand" (only what is used).
     compiled: folder of programs that `jaxllm compile` made; nothing is compiled then. Such files
@@ -51,6 +58,8 @@ class EngineOptions:
     seed: int = 0
     overlap: bool = True
     max_steps_per_dispatch: int | None = None
+    speculative: str | None = None
+    num_speculative_tokens: int | None = None
     compilation: str = "background"
     compiled: str | Path | None = None
     forbid_compile: bool = False
@@ -63,6 +72,7 @@ class EngineOptions:
     def __post_init__(self) -> None:
         self._check_types()
         self._check_choices()
+        self._check_speculation()
 
     def _check_types(self) -> None:
         def check(name: str, is_right: bool, expected: str) -> None:
@@ -91,9 +101,38 @@ class EngineOptions:
         for name in (
             "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size",
             "kv_cache_memory_bytes", "tensor_parallel_size", "max_num_waiting",
-            "max_steps_per_dispatch",
+            "max_steps_per_dispatch", "num_speculative_tokens",
         ):  # fmt: skip
             value = getattr(self, name)
             is_count = isinstance(value, int) and not isinstance(value, bool) and value > 0
             if value is not None and not is_count:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+    def _check_speculation(self) -> None:
+        if isinstance(self.speculative, str) and self.speculative.startswith("draft:"):
+            raise ValueError(
+                f"speculative {self.speculative!r}: drafts from a smaller model are not supported "
+                f"yet; use 'ngram'"
+            )
+        if self.speculative not in SPECULATIVE_METHODS and self.speculative is not None:
+            raise ValueError(
+                f"speculative must be one of {', '.join(SPECULATIVE_METHODS)}, or None, "
+                f"got {self.speculative!r}"
+            )
+        count = self.num_speculative_tokens
+        if count is not None and self.speculative is None:
+            raise ValueError(
+                f"num_speculative_tokens {count} has no effect without speculation; set "
+                f"speculative='ngram'"
+            )
+        if count is not None and count > MAX_SPECULATIVE_TOKENS:
+            raise ValueError(
+                f"num_speculative_tokens must be at most {MAX_SPECULATIVE_TOKENS}, got {count}"
+            )
+
+    @property
+    def max_drafts(self) -> int:
+        """Most drafts of a sequence in a step."""
+        if self.speculative is None:
+            return 0
+        return self.num_speculative_tokens or DEFAULT_SPECULATIVE_TOKENS

@@ -75,6 +75,7 @@ def smallest_config(model: Model, options: EngineOptions, placement: Placement) 
         policy=options.scheduling_policy,
         seed=options.seed,
         overlap=options.overlap,
+        num_speculative_tokens=options.max_drafts,
         max_steps_per_dispatch=options.max_steps_per_dispatch or (1 if on_cpu else 4),
     )
 

@@ -45,13 +45,17 @@ class CompletionOutput:
 
 @dataclass(frozen=True)
 class RequestMetrics:
-    """Times in seconds on the clock of ``time.monotonic``."""
+    """Times in seconds on the clock of ``time.monotonic``. num_draft_tokens: guesses of speculation
+    that steps verified; num_accepted_tokens: of these, those that the model generated too. Both are
+    complete once the request has finished."""
 
     arrival_time: float
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
     finished_time: float | None = None
     num_preemptions: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
 
 
 @dataclass

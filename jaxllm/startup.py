@@ -17,6 +17,7 @@ import psutil
 from jaxllm.config import ModelConfig, ModelError
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.request import Request
+from jaxllm.engine.speculation import PromptLookup, Speculator
 from jaxllm.engine_options import EngineOptions
 from jaxllm.engine_setup import (
     build_model,
@@ -44,6 +45,11 @@ from jaxllm.text.constraint import ConstraintMaker
 from jaxllm.text.tokenizer import Tokenizer, load_tokenizer_from_folder, load_tokenizer_from_gguf
 
 logger = logging.getLogger(__name__)
+
+# What one more token in a step costs, in steps of a single token. On a CPU products soon are bound
+# by arithmetic; an accelerator reads the same weights for one token and for hundreds.
+ROW_COSTS = {"cpu": 0.15}
+OTHER_ROW_COST = 0.01
 
 
 @dataclass(frozen=True)
@@ -179,6 +185,7 @@ def start_engine(model_name: str, options: EngineOptions) -> RunningEngine:
         round_budget=TokenRounding(runner.buckets),
         max_steps=runner.max_steps,
         timeline=timeline,
+        speculator=_speculator(options, runner),
     )
     plan = runner.memory_plan()
     logger.info("%s on %s: memory %s", model_name, placement, plan)
@@ -194,6 +201,13 @@ def start_engine(model_name: str, options: EngineOptions) -> RunningEngine:
         engine, runner, tokenizer, model_name, model.config, plan, constraints,
         checkpoint.default_sampling(), profile,
     )  # fmt: skip
+
+
+def _speculator(options: EngineOptions, runner: ModelRunner) -> Speculator | None:
+    if options.speculative is None:
+        return None
+    row_cost = ROW_COSTS.get(runner.placement.platform, OTHER_ROW_COST)
+    return Speculator(PromptLookup(), options.max_drafts, row_cost, runner.max_rows)
 
 
 def _end_tokens(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:

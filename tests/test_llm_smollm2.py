@@ -296,3 +296,24 @@ def test_bfloat16_parts_from_float32_only_where_bfloat16_cannot_tell(
         rows = answer_rows(reference, prompt, answer)  # float32, given what bfloat16 chose
         lost = rows.max(axis=-1) - np.take_along_axis(rows, np.array(answer)[:, None], -1)[:, 0]
         assert lost.max() < np.abs(noise).max()
+
+
+def test_greedy_answers_with_speculation_are_those_without(
+    float32: LLM, smollm2_path: Path, cache: Path
+) -> None:
+    """Texts that the model continues by repeating them, and one that it does not."""
+    prompts = [
+        "The cat sat on the mat, and the dog lay by the door. " * 3 + "The cat sat",
+        "1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3, 4, 1, 2,",
+        PROMPTS[2],
+    ]
+    expected = [float32.generate([p], GREEDY, use_tqdm=False)[0] for p in prompts]
+    options = {**LIMITS, "forbid_compile": False, "compilation": "on_demand"}
+    with LLM(
+        str(smollm2_path), dtype="float32", cache_dir=cache, speculative="ngram", **options
+    ) as llm:
+        outputs = [llm.generate([p], GREEDY, use_tqdm=False)[0] for p in prompts]
+        stats = llm.engine.stats().speculation
+    assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in expected]
+    assert stats is not None
+    assert stats.num_draft_tokens > stats.num_accepted_tokens > NUM_TOKENS // 2

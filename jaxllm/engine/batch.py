@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from jaxllm.engine.sequence import Batch, Sequence
+from jaxllm.engine.sequence import NO_TOKEN, Batch, Sequence
 from jaxllm.sampling_params import SamplingParams
 
 # What a step reads of each sequence. Floats travel bit-cast.
@@ -39,7 +39,6 @@ FLOAT_FIELDS = (
     "frequency_penalty",
 )
 ROW_FIELDS = INT_FIELDS + FLOAT_FIELDS
-NO_TOKEN = -2
 MAX_STOP_IDS = 8  # of a sequence that decodes several tokens at a time
 NO_LOGPROBS, CHOSEN_LOGPROBS, TOP_LOGPROBS = 0, 1, 2
 POOLING_CODES = {"mean": 1, "last": 2}
@@ -61,11 +60,12 @@ class Bucket:
 @dataclass(frozen=True)
 class PackedLayout:
     """Where each field of a bucket lies in its buffer. max_steps: how often its program may decode
-    before it returns."""
+    before it returns. max_drafts: how many of each sequence it may verify."""
 
     bucket: Bucket
     max_blocks: int  # M
     max_steps: int = 1
+    max_drafts: int = 0
 
     @cached_property
     def arrays(self) -> dict[str, tuple[int, tuple[int, ...]]]:
@@ -83,6 +83,9 @@ class PackedLayout:
         }
         if self.max_steps > 1:
             shapes |= {"num_steps": (1,), "stop_ids": (num_seqs, MAX_STOP_IDS)}
+        if self.max_drafts:
+            # the draft that a row verifies; the row that samples before it, or itself
+            shapes |= {"drafts": (num_seqs,), "previous_rows": (num_seqs,)}
         offsets, end = {}, 0
         for name, shape in shapes.items():
             offsets[name] = (end, shape)
@@ -179,15 +182,18 @@ class BatchPacker:
     def pack(self, batch: Batch, layout: PackedLayout) -> np.ndarray:
         """The buffer of a batch that fits the layout's bucket; new_table_rows(batch) came first."""
         assert batch.num_tokens <= layout.bucket.num_tokens
-        assert len(batch.sequences) <= layout.bucket.num_seqs
+        assert batch.num_rows <= layout.bucket.num_seqs
         assert batch.num_steps <= layout.max_steps
         token_ids: list[int] = []
         for scheduled in batch.sequences:
             sequence, start, num_tokens = scheduled.sequence, scheduled.start, scheduled.num_tokens
             # a pending one is ON_DEVICE, which is what the step understands
             token_ids += sequence.token_ids[start : start + num_tokens]
+            token_ids += scheduled.drafts
             self._grow_block_table(sequence)
         slots = self._write_progress(batch)
+        for _, scheduled, rows in batch.draft_rows():
+            slots += [scheduled.sequence.slot] * len(rows)
 
         buffer = np.zeros(layout.size, np.int32)
         layout.view(buffer, "token_ids")[: len(token_ids)] = token_ids
@@ -202,6 +208,8 @@ class BatchPacker:
             layout.view(buffer, "num_steps")[0] = batch.num_steps
             stop_ids = layout.view(buffer, "stop_ids")
             np.take(self._stop_ids, padded_slots, axis=0, out=stop_ids, mode="clip")
+        if layout.max_drafts:
+            self._write_drafts(batch, layout, buffer)
         return buffer
 
     @staticmethod
@@ -218,9 +226,28 @@ class BatchPacker:
         if num_leaders:
             logit_rows[num_seqs:num_rows] = logit_rows[batch.leaders]
         layout.view(buffer, "distribution")[:] = (batch.num_decodes, batch.num_decodes, num_seqs)
-        layout.view(buffer, "counts")[:] = (num_rows, len(batch.copies))
+        layout.view(buffer, "counts")[:] = (batch.num_rows, len(batch.copies))
         if batch.copies:
             layout.view(buffer, "copies")[: len(batch.copies)] = batch.copies
+
+    @staticmethod
+    def _write_drafts(batch: Batch, layout: PackedLayout, buffer: np.ndarray) -> None:
+        """What the rows of drafts verify and sample after. The first row of a sequence with drafts
+        samples after its last known token, each other one after a draft."""
+        drafts = layout.view(buffer, "drafts")
+        previous_rows = layout.view(buffer, "previous_rows")
+        query_start = layout.view(buffer, "query_start")
+        logit_rows = layout.view(buffer, "logit_rows")
+        output_lens = layout.view(buffer, "row_fields")[ROW_FIELDS.index("output_lens")]
+        drafts[:] = NO_TOKEN
+        previous_rows[:] = np.arange(len(previous_rows))
+        for row, scheduled, later_rows in batch.draft_rows():
+            chain = [row, *later_rows]
+            offsets = np.arange(len(chain))
+            drafts[chain[:-1]] = scheduled.drafts
+            previous_rows[chain[1:]] = chain[:-1]
+            logit_rows[chain] = query_start[row] + offsets
+            output_lens[chain] = output_lens[row] - len(later_rows) + offsets
 
     def _write_progress(self, batch: Batch) -> list[int]:
         """Brings the fields that change from step to step up to date. Returns the rows' slots."""
@@ -246,6 +273,23 @@ class BatchPacker:
         if len(table) != written:
             self._block_tables[slot, written : len(table)] = table[written:]
             self._num_blocks[slot] = len(table)
+
+
+def accepted_tokens(batch: Batch, tokens: np.ndarray) -> np.ndarray:
+    """[1 + most drafts, number of scheduled sequences]: what each yields, given what all rows
+    sampled, [num_rows]. Drafts are accepted as long as the model samples just them; the token that
+    is sampled instead of the first other one, or after the last, counts too."""
+    num_seqs = len(batch.sequences)
+    most = max(len(scheduled.drafts) for scheduled in batch.sequences)
+    yielded = np.full((1 + most, num_seqs), NO_TOKEN, np.int32)
+    yielded[0] = tokens[:num_seqs]
+    for row, scheduled, later_rows in batch.draft_rows():
+        token_id = tokens[row]
+        for index, (draft, later) in enumerate(zip(scheduled.drafts, later_rows, strict=True), 1):
+            if token_id != draft:
+                break
+            token_id = yielded[index, row] = tokens[later]
+    return yielded
 
 
 def _wanted_logprobs(params: SamplingParams) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from jaxllm.config import EngineConfig
@@ -21,17 +21,20 @@ from jaxllm.engine.beam_search import NOTHING, Hypothesis
 from jaxllm.engine.intake import Intake
 from jaxllm.engine.request import QueueFullError, Request
 from jaxllm.engine.request_state import RequestState, SequenceState, take_prompt_logprobs
-from jaxllm.engine.scheduler import Scheduler
+from jaxllm.engine.scheduler import NO_DRAFTS, Scheduler
 from jaxllm.engine.sequence import (
+    NO_TOKEN,
     NOT_FINITE,
     Batch,
     Constraint,
     Runner,
+    Sequence,
     SequenceStatus,
     StepHandle,
     StepResult,
 )
 from jaxllm.engine.snapshot import EngineSnapshot, take_snapshot
+from jaxllm.engine.speculation import Speculator
 from jaxllm.engine.stats import EngineStats, StepMeter
 from jaxllm.engine.timeline import Timeline
 from jaxllm.engine.under_way import FailedStep, StepUnderWay
@@ -51,8 +54,8 @@ class Engine:
 
     tokenizer: without one, outputs have no text and stop strings are refused. max_num_waiting:
     add_request raises QueueFullError while that many sequences wait; None for no limit.
-    round_budget, max_steps: see Scheduler. last_error: what the last failed step raised, for the
-    user.
+    round_budget, max_steps: see Scheduler. speculator: None for no speculation. last_error: what
+    the last failed step raised, for the user.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Engine:
         round_budget: Callable[[int], int] | None = None,
         max_steps: Callable[[int], int] | None = None,
         timeline: Timeline | None = None,
+        speculator: Speculator | None = None,
     ):
         self.config = config
         self.runner = runner
@@ -76,6 +80,7 @@ class Engine:
         self.max_num_waiting = max_num_waiting
         self.scheduler = Scheduler(config, round_budget, max_steps)
         self.meter = StepMeter(timeline)
+        self.speculator = speculator
         self.last_error: str | None = None
         self._requests: dict[str, RequestState] = {}
         self._states: dict[int, SequenceState] = {}  # by sequence_id, unfinished ones
@@ -143,7 +148,7 @@ class Engine:
         are computed again."""
         try:
             started = time.monotonic()
-            batch, num_left = self.scheduler.schedule(), 0
+            batch, num_left = self.scheduler.schedule(self._drafts()), 0
             self.meter.record("schedule", started)
             if batch is not None:
                 self._dispatch(batch)
@@ -155,6 +160,18 @@ class Engine:
             self._restart()
             raise
 
+    def _drafts(self) -> Mapping[int, tuple[int, ...]]:
+        """What the next step shall verify. Where that is likely to pay, the step under way is
+        waited for: drafts follow a known token."""
+        speculator, scheduler = self.speculator, self.scheduler
+        if speculator is None or scheduler.num_spare_rows <= 0:
+            return NO_DRAFTS
+        if self._under_way:
+            if not speculator.wants_results(scheduler.running, scheduler.num_spare_rows):
+                return NO_DRAFTS
+            self._take_result(self._under_way.popleft())
+        return speculator.drafts(scheduler.running, scheduler.num_spare_rows)
+
     def _dispatch(self, batch: Batch) -> None:
         now = time.monotonic()
         needs_host = False
@@ -163,10 +180,10 @@ class Engine:
         except Exception as error:  # the step before it, if there is one, is not to blame
             handle, needs_host = FailedStep(error), True
         else:
-            for sequence, _, _, samples, _ in batch.sequences:
-                if samples and sequence.num_candidates:
-                    needs_host = True  # which token follows is decided when all are known
-                elif samples and sequence.pooling is None:
+            for sequence, _, _, samples, _, drafts in batch.sequences:
+                if drafts or (samples and sequence.num_candidates):
+                    needs_host = True  # how it goes on is decided when the tokens are known
+                if samples and sequence.pooling is None and not sequence.num_candidates:
                     sequence.expect(samples)
                     if sequence.constraint is not None:
                         needs_host = True
@@ -231,7 +248,8 @@ class Engine:
         searches: dict[RequestState, list[int]] = {}  # the rows of their beams
         touched: list[RequestState] = []
         token_ids = result.token_ids.T.tolist()  # [number of scheduled sequences, num_steps]
-        for row, (sequence, _, _, samples, attempt) in enumerate(step.batch.sequences):
+        for row, scheduled in enumerate(step.batch.sequences):
+            sequence, _, _, samples, attempt, drafts = scheduled
             state = self._states.get(sequence.sequence_id)
             if state is None or attempt != sequence.attempt:
                 if NOT_FINITE in token_ids[row]:
@@ -251,6 +269,8 @@ class Engine:
             except Exception as error:
                 self._log_fault(request, error)
                 self._finish(state, "error")
+            if drafts:
+                self._take_drafts(sequence, len(drafts), token_ids[row])
             if request.last_step != self.meter.num_steps:
                 request.last_step = self.meter.num_steps
                 touched.append(request)
@@ -316,9 +336,19 @@ class Engine:
                 if not self.scheduler.isolate(state.sequence):
                     raise ArithmeticError("the model's logits are not finite")
                 return index > 0
+            if token_id == NO_TOKEN:
+                break
             if self._take_token(state, row, token_id, result) or index + 1 == samples:
                 break
         return True
+
+    def _take_drafts(self, sequence: Sequence, num_drafts: int, token_ids: list[int]) -> None:
+        """Counts how many of a sequence's drafts were right, and forgets the others."""
+        assert self.speculator is not None
+        num_yielded = sum(token_id != NO_TOKEN for token_id in token_ids)
+        self.speculator.count(sequence, num_drafts, num_yielded - 1)
+        if sequence.num_pending:
+            self.scheduler.roll_back(sequence)
 
     def _take_token(
         self, state: SequenceState, row: int, token_id: int, result: StepResult
@@ -333,7 +363,7 @@ class Engine:
             self._finish(state, "stop")
             return True
         self.meter.num_generation_tokens += 1
-        if sequence.params.logprobs is not None or sequence.params.ranks_answers:
+        if state.is_scored:
             assert result.logprobs is not None
             state.add_logprobs(result.logprobs, row, token_id, self.tokenizer)
         finish_reason = state.append(token_id)
@@ -407,4 +437,5 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """The engine's counters; cheap enough for every scrape, not for every step."""
-        return self.meter.stats(self.scheduler, self.runner.figures())
+        speculation = None if self.speculator is None else self.speculator.stats()
+        return self.meter.stats(self.scheduler, self.runner.figures(), speculation)

@@ -231,6 +231,15 @@ class Holdings:
             sequence.table_version += 1
             self.copies.append((block, own))
 
+    def trim(self, sequence: Sequence) -> None:
+        """Takes back the blocks beyond those of its known tokens."""
+        needed = -(-len(sequence.token_ids) // self._block_size)
+        surplus = sequence.block_table[needed:]
+        if surplus:
+            del sequence.block_table[needed:]
+            sequence.table_version += 1
+            self.pool.free(surplus)
+
     def register(self, sequence: Sequence, end: int, fresh_from: int) -> None:
         """Makes the full blocks of the first end tokens findable, for others of this very step too.
         A block with a pending token has no hash yet; it is registered in a later call. This step

@@ -74,6 +74,7 @@ class SequenceState:
         detokenizer: Detokenizer | None,
     ):
         params = sequence.params
+        self.is_scored = params.logprobs is not None or params.ranks_answers
         self.request = request
         self.sequence = sequence
         self.detokenizer = detokenizer
@@ -165,12 +166,11 @@ class SequenceState:
         if self.detokenizer is not None:
             text = self.detokenizer.take_delta() if delta else self.detokenizer.text
         wants_logprobs = sequence.params.logprobs is not None
-        is_scored = wants_logprobs or self.request.returns_best
         return CompletionOutput(
             sequence.index,
             text,
             sequence.token_ids[sequence.num_prompt_tokens + start : end],
-            self.cumulative_logprob if is_scored else None,
+            self.cumulative_logprob if wants_logprobs or self.request.returns_best else None,
             self.logprobs[start:] if wants_logprobs else None,
             sequence.finish_reason,
             sequence.stop_reason,
@@ -185,6 +185,8 @@ class RequestState:
         self.request = request
         self.prompt_token_ids = prompt_token_ids
         self.sequences: list[SequenceState] = []
+        # Whether its answers are ordered by how likely they are, the best of all that are computed.
+        self.returns_best = request.beam_search is not None or request.params.ranks_answers
         self.search: BeamSearch | None = None
         self.num_unfinished = request.num_sequences
         self.first_scheduled_time: float | None = None
@@ -234,12 +236,6 @@ class RequestState:
             self.embedding,
         )
 
-    @property
-    def returns_best(self) -> bool:
-        """Whether its answers are ordered by how likely they are, the best of all that are
-        computed."""
-        return self.search is not None or self.request.params.ranks_answers
-
     def _answers(self) -> list[SequenceState]:
         """Those that are returned, in order. A search's are in order already."""
         if not self.returns_best:
@@ -278,6 +274,8 @@ class RequestState:
                 self.first_token_time,
                 finished_time,
                 num_preemptions,
+                sum(state.sequence.num_draft_tokens for state in self.sequences),
+                sum(state.sequence.num_accepted_tokens for state in self.sequences),
             )
         assert self._metrics is not None
         return self._metrics
@@ -293,7 +291,7 @@ def take_prompt_logprobs(
     answers only the first computes the whole prompt."""
     first_row = 0
     assert result.prompt_logprobs is not None
-    for row, (sequence, start, num_tokens, _, attempt) in enumerate(batch.sequences):
+    for row, (sequence, start, num_tokens, _, attempt, _) in enumerate(batch.sequences):
         if sequence.params.prompt_logprobs is not None and sequence.index == 0:
             state = states.get(sequence.sequence_id)
             # rows that are not finite are computed again, or their request ends

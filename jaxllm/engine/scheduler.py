@@ -23,6 +23,9 @@ The rules, in order:
    the next step is scheduled. A search that is preempted begins again from its prompt.
 7. Where all decode and nobody waits, the device decodes several tokens at a time. Blocks for them
    are taken only from those that are free.
+8. A sequence that decodes may bring drafts: tokens that may follow its last one. They take rows
+   that no sequence needs, what is left of the budget, and blocks that are free; nobody is preempted
+   for them.
 A preempted sequence goes back to its place by the policy's order, ahead of all that came later, and
 is computed again, as far as the prefix cache has not kept it.
 """
@@ -30,8 +33,9 @@ is computed again, as far as the prefix cache has not kept it.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from itertools import groupby
+from types import MappingProxyType
 
 from jaxllm.config import EngineConfig
 from jaxllm.engine.beam_search import Child
@@ -39,6 +43,8 @@ from jaxllm.engine.block_pool import BlockPool
 from jaxllm.engine.holdings import Holdings
 from jaxllm.engine.sequence import Batch, ScheduledSequence, Sequence, SequenceStatus
 from jaxllm.engine.waiting_queue import WaitingQueue, fcfs_key, priority_key
+
+NO_DRAFTS: Mapping[int, tuple[int, ...]] = MappingProxyType({})
 
 
 class Scheduler:
@@ -79,6 +85,13 @@ class Scheduler:
     def num_waiting(self) -> int:
         """Those that wait for another's prompt included, until that is admitted."""
         return self._waiting.num_sequences
+
+    @property
+    def num_spare_rows(self) -> int:
+        """How many drafts the next step has room for; none while anybody waits."""
+        if len(self._waiting):
+            return 0
+        return self.config.max_num_rows - self.num_running - self._holdings.num_reserved_slots
 
     @property
     def running(self) -> tuple[Sequence, ...]:
@@ -172,14 +185,21 @@ class Scheduler:
         for _, group in groupby(all_sequences, lambda sequence: sequence.request_id):
             self.add(*group)
 
-    def schedule(self) -> Batch | None:
+    def roll_back(self, sequence: Sequence) -> None:
+        """A step has yielded fewer tokens than it computed drafts for."""
+        sequence.drop_pending()
+        sequence.num_computed_tokens = len(sequence.token_ids) - 1
+        self._holdings.trim(sequence)
+
+    def schedule(self, drafts: Mapping[int, tuple[int, ...]] = NO_DRAFTS) -> Batch | None:
         """The next step's batch, or None if there is nothing to do. The step is taken as run:
-        num_computed_tokens already counts its tokens."""
+        num_computed_tokens already counts its tokens. drafts: at most num_spare_rows, of sequences
+        by their sequence_id."""
         self._holdings.begin_step()
         decodes: list[ScheduledSequence] = []
         chunks: list[ScheduledSequence] = []
         num_preemptions = self.num_preemptions
-        budget = self._schedule_running(decodes, chunks)
+        budget = self._schedule_running(decodes, chunks, drafts)
         if num_preemptions == self.num_preemptions:
             budget = self._admit(budget, decodes, chunks)
         num_tokens = self.config.max_num_batched_tokens - budget
@@ -192,9 +212,10 @@ class Scheduler:
         num_steps = self._num_steps(decodes) if only_decodes and not len(self._waiting) else 1
         if num_steps > 1:
             decodes = [self._several(row, num_steps) for row in decodes]
+        num_drafts = sum(len(row.drafts) for row in chunks) if drafts else 0
         return Batch(
             decodes + chunks + followers, num_tokens, len(decodes), num_steps, leaders,
-            self._holdings.copies,
+            self._holdings.copies, num_drafts,
         )  # fmt: skip
 
     def _begin_followers(
@@ -206,7 +227,7 @@ class Scheduler:
         leaders: list[int] = []
         if not self._holdings.num_reserved_slots:
             return begun, leaders
-        for number, (leader, start, num_tokens, samples, _) in enumerate(rows):
+        for number, (leader, start, num_tokens, samples, *_) in enumerate(rows):
             if not samples or not leader.followers or leader.num_candidates:
                 continue
             for follower in _take_followers(leader):
@@ -260,7 +281,10 @@ class Scheduler:
         return ScheduledSequence(sequence, row.start, 1, samples, row.attempt)
 
     def _schedule_running(
-        self, decodes: list[ScheduledSequence], chunks: list[ScheduledSequence]
+        self,
+        decodes: list[ScheduledSequence],
+        chunks: list[ScheduledSequence],
+        drafts: Mapping[int, tuple[int, ...]],
     ) -> int:
         """Gives the running sequences their tokens. Returns what is left of the budget."""
         running = self._running
@@ -283,12 +307,23 @@ class Scheduler:
                 continue  # the step under way ends it
             if num_tokens > 1:
                 num_tokens = min(num_tokens, budget - (self.num_running - num_passed))
+            verified: tuple[int, ...] = ()
+            if sequence.sequence_id in drafts:
+                assert num_tokens == 1
+                num_later = self.num_running - num_passed
+                room = min(budget - num_later - 1, sequence.max_num_tokens - num_total - 1)
+                verified = self._affordable(
+                    sequence, drafts[sequence.sequence_id][:room], num_later
+                )
+                num_tokens += len(verified)
             end = start + num_tokens
             lacks_blocks = end > len(sequence.block_table) * block_size or sequence.is_forked
             if lacks_blocks and not self._take_blocks(sequence, start, end):
                 break  # it was the youngest, and preempted itself
-            samples = 1 if end == num_total else 0
-            scheduled = ScheduledSequence(sequence, start, num_tokens, samples, sequence.attempt)
+            samples = max(0, end - num_total + 1)
+            scheduled = ScheduledSequence(
+                sequence, start, num_tokens, samples, sequence.attempt, verified
+            )
             (decodes if samples and num_tokens == 1 else chunks).append(scheduled)
             sequence.num_computed_tokens = end
             num_full = min(end, num_total - sequence.num_pending) // block_size
@@ -296,6 +331,18 @@ class Scheduler:
                 self._holdings.register(sequence, end, start)
             budget -= num_tokens
         return budget
+
+    def _affordable(
+        self, sequence: Sequence, drafts: tuple[int, ...], num_later: int
+    ) -> tuple[int, ...]:
+        """As many drafts as there are free blocks for; a block is left for each later sequence."""
+        start, num_free = sequence.num_computed_tokens, self.pool.num_free_blocks - num_later
+        while drafts:
+            end = start + 1 + len(drafts)
+            if self._holdings.num_missing((sequence,), start, end) <= num_free:
+                break
+            drafts = drafts[:-1]
+        return drafts
 
     def _schedule_beams(self, leader: Sequence, decodes: list[ScheduledSequence]) -> bool:
         """One token for each beam of a search, or for none if it was the youngest and preempted
@@ -380,7 +427,7 @@ class Scheduler:
         others of this step may share the blocks that an earlier one computes."""
         last = chunks[-1]
         surplus = num_tokens - preferred
-        if not 0 < surplus < last.num_tokens:
+        if not 0 < surplus < last.num_tokens or last.drafts:
             return num_tokens
         chunks[-1] = self._holdings.shorten(last, last.num_tokens - surplus)
         return preferred

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
 from jaxllm.pooling_params import PoolingParams
 from jaxllm.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from jaxllm.engine.speculation import Outlook
 
 ON_DEVICE = -1  # as a token id: what the sequence's slot sampled last, not yet known to the host
 NOT_LIMITED = 1 << 62
@@ -96,6 +100,9 @@ class Sequence:
     num_cached_tokens: int = 0  # of the prompt, found in the pool at first admission
     num_preemptions: int = 0
     is_isolated: bool = False  # shares no blocks, neither as reader nor as writer
+    outlook: Outlook | None = None  # how it will go on, if it may speculate
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0  # of the drafts
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
@@ -147,14 +154,17 @@ class Sequence:
 class ScheduledSequence(NamedTuple):
     """num_tokens query tokens of a sequence, from token start on; none of one that only samples,
     see Batch.leaders. samples: how many tokens the step may yield for it; 0 unless the last of
-    token_ids is computed. More than one only in a batch of several steps, and fewer come only if
-    the sequence ends with the last of them. attempt: the sequence's, when it was scheduled."""
+    token_ids is computed. More than one only in a batch of several steps, where fewer come only if
+    the sequence ends with the last of them, or with drafts. attempt: the sequence's, when it was
+    scheduled. drafts: tokens that may follow the last known one and are computed with it; the step
+    yields those that the model generates too, and one token more."""
 
     sequence: Sequence
     start: int
     num_tokens: int
     samples: int
     attempt: int = 0
+    drafts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,8 +172,8 @@ class Batch:
     """What one step computes. Decoding sequences (one query token, sampling) come first. num_steps:
     how often the device decodes before it returns; above 1 only if all sequences decode. leaders:
     one entry for each of the last rows of ``sequences``, those without a query token; it is the row
-    from whose logits they sample. copies: (source, destination) of whole blocks, made in this order
-    before anything else."""
+    from whose logits they sample. Each draft has a row of its own after all of these. copies:
+    (source, destination) of whole blocks, made in this order before anything else."""
 
     sequences: list[ScheduledSequence]
     num_tokens: int
@@ -171,6 +181,21 @@ class Batch:
     num_steps: int = 1
     leaders: list[int] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
+    num_drafts: int = 0
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that sample, those of drafts included."""
+        return len(self.sequences) + self.num_drafts
+
+    def draft_rows(self) -> Iterator[tuple[int, ScheduledSequence, range]]:
+        """Of each sequence with drafts its row, and the rows that sample after its drafts."""
+        first = len(self.sequences)
+        for row, scheduled in enumerate(self.sequences if self.num_drafts else ()):
+            if scheduled.drafts:
+                end = first + len(scheduled.drafts)
+                yield row, scheduled, range(first, end)
+                first = end
 
     @property
     def num_computed_tokens(self) -> int:
@@ -199,16 +224,18 @@ class CandidateRows:
 
 
 NOT_FINITE = -1  # as a sampled token
+NO_TOKEN = -2
 
 
 @dataclass(frozen=True)
 class StepResult:
     """Column i of token_ids and row i of others belong to batch.sequences[i]. They mean nothing
     where that sequence does not sample, but NOT_FINITE says even there that its logits are not
-    finite; nor do tokens after one that ends the sequence. Rows of prompt_logprobs are the step's
-    query tokens in batch order: row j is about the known token that follows query token j."""
+    finite; nor do tokens after one that ends the sequence. Where drafts yield fewer tokens than
+    others of the batch, NO_TOKEN comes after them. Rows of prompt_logprobs are the step's query
+    tokens in batch order: row j is about the known token that follows query token j."""
 
-    token_ids: np.ndarray  # [batch.num_steps, number of scheduled sequences] int32
+    token_ids: np.ndarray  # [num_steps or 1 + most drafts, number of scheduled sequences] int32
     logprobs: LogprobRows | None = None  # None unless a sequence of the batch asked
     prompt_logprobs: LogprobRows | None = None
     pooled: np.ndarray | None = None  # [number of scheduled sequences, E] float32, if one embeds

@@ -10,6 +10,7 @@ from statistics import median
 from jaxllm.engine.histogram import Histogram, HistogramStats
 from jaxllm.engine.scheduler import Scheduler
 from jaxllm.engine.sequence import Batch, RunnerFigures
+from jaxllm.engine.speculation import SpeculationStats
 from jaxllm.engine.timeline import DEVICE, Timeline
 
 NUM_TIMES_KEPT = 1000  # for the medians of stats()
@@ -49,6 +50,7 @@ class EngineStats:
     step_tokens: HistogramStats
     runner: RunnerFigures
     idle_seconds: float = 0.0
+    speculation: SpeculationStats | None = None  # None without speculation
 
 
 class StepMeter:
@@ -105,8 +107,13 @@ class StepMeter:
     def median_dispatch_seconds(self) -> float | None:
         return median(self.dispatch_seconds) if self.dispatch_seconds else None
 
-    def stats(self, scheduler: Scheduler, figures: RunnerFigures) -> EngineStats:
-        """What was counted here, by the scheduler, and by the runner."""
+    def stats(
+        self,
+        scheduler: Scheduler,
+        figures: RunnerFigures,
+        speculation: SpeculationStats | None,
+    ) -> EngineStats:
+        """What was counted here, by the scheduler, by the runner, and of drafts."""
         pool = scheduler.pool
         return EngineStats(
             num_running=scheduler.num_running,
@@ -126,4 +133,5 @@ class StepMeter:
             step_tokens=self.step_tokens.stats(),
             runner=figures,
             idle_seconds=self.idle_seconds,
+            speculation=speculation,
         )

@@ -11,12 +11,15 @@ MIN_ROWS = 8  # a bfloat16 product with fewer rows is slower on the CPU, and til
 MIN_MIXED_TOKENS = 32
 
 
-def plan_buckets(max_num_seqs: int, max_num_batched_tokens: int) -> tuple[Bucket, ...]:
+def plan_buckets(
+    max_num_seqs: int, max_num_batched_tokens: int, *, with_drafts: bool = False
+) -> tuple[Bucket, ...]:
     """All buckets of an engine.
 
     Decode: 8, 16, 24, 32, 48, 64, ... sequences, so that above 16 at most a third of the rows is
     padding. Mixed: powers of two of tokens up to the budget; for one sequence or a few (MIN_ROWS),
-    which is what the first token of a quiet server waits for, and for all of them.
+    which is what the first token of a quiet server waits for, and for all of them. with_drafts: one
+    more for the drafts of a sequence or two, which need not be padded like a prompt.
     """
     most_seqs = _round_up(max_num_seqs, MIN_ROWS)
     decode = [Bucket(n, n, decode_only=True) for n in _seq_sizes(most_seqs)]
@@ -28,6 +31,9 @@ def plan_buckets(max_num_seqs: int, max_num_batched_tokens: int) -> tuple[Bucket
     tokens.append(most_tokens)
     seqs = sorted({MIN_ROWS, most_seqs})
     mixed = [Bucket(t, s, decode_only=False) for s in seqs for t in tokens if t >= s]
+    smallest = Bucket(MIN_ROWS, MIN_ROWS, decode_only=False)
+    if with_drafts and smallest not in mixed:
+        mixed.insert(0, smallest)
     return (*decode, *mixed)
 
 
@@ -48,10 +54,12 @@ def fitting(
 class TokenRounding:
     """Rounds the tokens of a step down to the size of a mixed bucket when that leaves at most a
     quarter of them for later: a long prompt's chunks fill their buckets, and none dribbles away in
-    tiny chunks. What is not rounded fills more than two thirds of the next power of two."""
+    tiny chunks. What is not rounded fills more than two thirds of the next power of two. Below
+    MIN_MIXED_TOKENS nothing is: one step takes them all."""
 
     def __init__(self, buckets: Iterable[Bucket]) -> None:
-        self._sizes = sorted({b.num_tokens for b in buckets if not b.decode_only})
+        mixed = {b.num_tokens for b in buckets if not b.decode_only}
+        self._sizes = sorted(size for size in mixed if size >= MIN_MIXED_TOKENS)
 
     def __call__(self, num_tokens: int) -> int:
         index = bisect_right(self._sizes, num_tokens)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jaxllm.config import EngineConfig
-from jaxllm.engine.batch import BatchPacker, Bucket, masks, table_row
+from jaxllm.engine.batch import BatchPacker, Bucket, accepted_tokens, masks, table_row
 from jaxllm.engine.sequence import (
     Batch,
     CandidateRows,
@@ -72,7 +72,10 @@ class DeviceStep:
         num_seqs = len(self.batch.sequences)
         params = [s.sequence.params for s in self.batch.sequences]
         tokens = np.atleast_2d(np.asarray(self.outputs.tokens))
-        tokens = tokens[: self.batch.num_steps, :num_seqs]
+        if self.batch.num_rows > num_seqs:
+            tokens = accepted_tokens(self.batch, tokens[0])
+        else:
+            tokens = tokens[: self.batch.num_steps, :num_seqs]
         logprobs = prompt_logprobs = None
         if any(p.logprobs is not None or p.ranks_answers for p in params):
             logprobs = _fetch(self.outputs.logprobs, num_seqs)
@@ -217,14 +220,19 @@ class ModelRunner:
         is_ready = any(b.decode_only and self._compiler.is_ready(b) for b in fits)
         return self.config.max_steps_per_dispatch if is_ready else 1
 
+    def max_rows(self) -> int:
+        """How many rows a step that verifies drafts can have without waiting for its program."""
+        mixed = (b for b in self.buckets if not b.decode_only and self._compiler.is_ready(b))
+        return max((bucket.num_seqs for bucket in mixed), default=0)
+
     def _choose(self, batch: Batch) -> Bucket:
         """The least padded bucket among those that are compiled, else the one compiled next. What
         would have fitted best comes first among those that are still to be compiled."""
-        num_seqs = len(batch.sequences)
-        fits = self._fitting(batch.num_tokens, num_seqs, batch.num_decodes == num_seqs)
+        num_rows = batch.num_rows
+        fits = self._fitting(batch.num_tokens, num_rows, batch.num_decodes == num_rows)
         if batch.num_steps > 1:
             fits = [bucket for bucket in fits if bucket.decode_only]
-        assert fits, f"no bucket holds {batch.num_tokens} tokens of {num_seqs} sequences"
+        assert fits, f"no bucket holds {batch.num_tokens} tokens for {num_rows} rows"
         ready = next((b for b in fits if self._compiler.is_ready(b)), None)
         if ready is not fits[0]:
             self._compiler.hurry(fits[0])

@@ -59,7 +59,11 @@ class StepPrograms:
         self.model = model
         self.config = config
         self.placement = placement
-        self.buckets = plan_buckets(config.max_num_seqs, config.max_num_batched_tokens)
+        self.buckets = plan_buckets(
+            config.max_num_rows,
+            config.max_num_batched_tokens,
+            with_drafts=config.num_speculative_tokens > 0,
+        )
         self.layouts = {bucket: self._layout(bucket) for bucket in self.buckets}
         self.options = options._replace(mesh=placement.mesh)
 
@@ -142,7 +146,8 @@ class StepPrograms:
         outputs = StepOutputs(0, 0, logprobs, logprobs, candidates)  # type: ignore[arg-type]
         out = (_shardings(self.state), jax.tree.map(lambda _: packed.sharding or False, outputs))
         step = make_step(self.model, layout, self.options)
-        return Program(bucket, step, (leaves, self.state, packed), out, 1, self._key)
+        key = (*self._key, layout)
+        return Program(bucket, step, (leaves, self.state, packed), out, 1, key)
 
     def write_row(self) -> Program:
         """write_table_row"""
@@ -170,7 +175,8 @@ class StepPrograms:
 
     def _layout(self, bucket: Bucket) -> PackedLayout:
         max_steps = self.config.max_steps_per_dispatch if bucket.decode_only else 1
-        return PackedLayout(bucket, self.config.max_blocks_per_seq, max_steps)
+        max_drafts = 0 if bucket.decode_only else self.config.num_speculative_tokens
+        return PackedLayout(bucket, self.config.max_blocks_per_seq, max_steps, max_drafts)
 
     def _whole(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return self.placement.whole(jax.ShapeDtypeStruct(shape, dtype))

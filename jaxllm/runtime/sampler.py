@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.engine.batch import IN_PROMPT, IS_STOP
+from jaxllm.engine.sequence import NO_TOKEN
 from jaxllm.runtime.ranking import top_k
 from jaxllm.sampling_params import MAX_LOGPROBS
 
@@ -63,9 +64,11 @@ def sample(
     inputs: SamplingInputs,
     tables: SamplingTables,
     slots: jax.Array,  # [S] int32
+    tokens_before: jax.Array | None = None,  # [S, D] int32
 ) -> jax.Array:
     """The next token of each row, [S] int32. If options leave a row no token at all, which the
-    engine refuses beforehand, it is some token of the vocabulary.
+    engine refuses beforehand, it is some token of the vocabulary. tokens_before: drafts that a row
+    comes after, which token_info does not count yet; NO_TOKEN where they are fewer.
 
     On CPU a tile of rows at a time: what is computed between stays in the processor's cache, and
     the pages of large temporaries cost more there than the arithmetic (64 rows: 10 times more).
@@ -73,14 +76,15 @@ def sample(
     num_rows = logits.shape[0]
 
     def whole() -> jax.Array:
-        return _sample_rows(logits, inputs, tables, slots)
+        return _sample_rows(logits, inputs, tables, slots, tokens_before)
 
     def tiled() -> jax.Array:
         def tile(start: jax.Array) -> jax.Array:
-            rows, row_inputs, row_slots = jax.tree.map(
-                lambda x: jax.lax.dynamic_slice_in_dim(x, start, ROW_TILE), (logits, inputs, slots)
+            rows, row_inputs, *others = jax.tree.map(
+                lambda x: jax.lax.dynamic_slice_in_dim(x, start, ROW_TILE),
+                (logits, inputs, slots, tokens_before),
             )
-            return _sample_rows(rows, row_inputs, tables, row_slots)
+            return _sample_rows(rows, row_inputs, tables, *others)
 
         return jax.lax.map(tile, jnp.arange(0, num_rows, ROW_TILE)).reshape(num_rows)
 
@@ -94,9 +98,15 @@ def _sample_rows(
     inputs: SamplingInputs,
     tables: SamplingTables,
     slots: jax.Array,
+    tokens_before: jax.Array | None,
 ) -> jax.Array:
     def with_table(logits: jax.Array) -> jax.Array:
-        changed = apply_table(logits, inputs, tables.token_info[slots], tables.logit_bias[slots])
+        info = tables.token_info[slots]  # [S, V]
+        if tokens_before is not None:
+            rows = jnp.arange(slots.shape[0])
+            for tokens in tokens_before.T:
+                info = count_tokens(info, rows, tokens, tokens != NO_TOKEN)
+        changed = apply_table(logits, inputs, info, tables.logit_bias[slots])
         return jnp.where(inputs.uses_table[:, None] > 0, changed, logits)
 
     def with_mask(logits: jax.Array) -> jax.Array:

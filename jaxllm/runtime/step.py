@@ -16,6 +16,7 @@ from jaxllm.engine.batch import FLOAT_FIELDS, ROW_FIELDS, PackedLayout
 from jaxllm.engine.sequence import NOT_FINITE, ON_DEVICE, mask_len
 from jaxllm.models.decoder import Model, Parameters
 from jaxllm.runtime import kv_cache, ranking, sampler
+from jaxllm.runtime.drafts import DraftChains
 from jaxllm.runtime.pooling import pool_hidden
 from jaxllm.runtime.ranking import Candidates
 from jaxllm.runtime.sampler import Logprobs, SamplingInputs, SamplingTables
@@ -121,7 +122,8 @@ def _compute(
     is_beam = batch["num_candidates"] > 0  # its token is chosen by the host, so it is not drawn
     inputs = inputs._replace(temperature=jnp.where(is_beam, 0.0, inputs.temperature))
     tables = SamplingTables(state.token_info, state.logit_bias, state.masks)
-    tokens = sampler.sample(logits, inputs, tables, batch["slots"])
+    chains = DraftChains.of(batch, layout.max_drafts)
+    tokens = sampler.sample(logits, inputs, tables, batch["slots"], chains.tokens_before)
     logprobs = jax.lax.switch(
         batch["wants_logprobs"].max(),
         [
@@ -140,7 +142,7 @@ def _compute(
         ranking.find_candidates(logits, batch["temperature"], batch["num_candidates"]),
     )
     state = state._replace(kv_pool=kv_pool, hidden_sums=hidden_sums)
-    return _next_state(state, batch, tokens), outputs
+    return _next_state(state, batch, tokens, chains), outputs
 
 
 class _Loop(NamedTuple):
@@ -288,12 +290,14 @@ def _attention(*arguments: Any, window: int | None = None, **options: Any) -> An
     return ragged_paged_attention(*arguments, window=window, **options)
 
 
-def _next_state(state: State, batch: dict[str, jax.Array], tokens: jax.Array) -> State:
+def _next_state(
+    state: State, batch: dict[str, jax.Array], tokens: jax.Array, chains: DraftChains
+) -> State:
     """The state with the sampled tokens taken in."""
-    samples = batch["samples"] > 0
+    is_valid, is_last = chains.verify(tokens, batch["samples"] > 0)
     num_slots = state.last_tokens.shape[0]
-    written = jnp.where(samples, batch["slots"], num_slots)  # out of range: dropped
-    counted = samples & (batch["uses_table"] > 0)
+    written = jnp.where(is_last, batch["slots"], num_slots)  # out of range: dropped
+    counted = is_valid & (batch["uses_table"] > 0)
     return state._replace(
         last_tokens=state.last_tokens.at[written].set(tokens, mode="drop"),
         token_info=sampler.count_tokens(state.token_info, batch["slots"], tokens, counted),

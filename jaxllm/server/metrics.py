@@ -31,6 +31,7 @@ from jaxllm.outputs import RequestMetrics
 if TYPE_CHECKING:
     from jaxllm.engine.engine import EngineStats
     from jaxllm.engine.histogram import HistogramStats
+    from jaxllm.engine.speculation import SpeculationStats
 
 LATENCY = (
     0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.15, 0.25, 0.5, 0.75,
@@ -67,6 +68,12 @@ COUNTERS = {
     "program_cache_loads": "Programs loaded from the program cache.",
     "compile_seconds": "Seconds of compilation, summed over its threads.",
     "compile_wait_seconds": "Seconds that steps waited for a compilation.",
+}
+# With speculation only.
+SPECULATION_COUNTERS = {
+    "spec_decode_num_drafts": "How often a step verified guesses for a sequence.",
+    "spec_decode_num_draft_tokens": "Guessed tokens that steps verified.",
+    "spec_decode_num_accepted_tokens": "Of these, tokens that the model generated too.",
 }
 # name: help, buckets; each is a figure of one finished request
 REQUEST_HISTOGRAMS = {
@@ -260,8 +267,24 @@ class _EngineCollector(Collector):
             counter = CounterMetricFamily(self._name(name), COUNTERS[name], labels=("model_name",))
             counter.add_metric(self._labels, value)
             yield counter
+        if stats.speculation is not None:
+            yield from self._speculation(stats.speculation)
         yield self._histogram("iteration_tokens_total", "Tokens of a step.", stats.step_tokens)
         yield self._histogram("step_seconds", "Time of a step.", stats.step_seconds)
+
+    def _speculation(self, stats: SpeculationStats) -> Iterator[Metric]:
+        for name, help_text in SPECULATION_COUNTERS.items():
+            counter = CounterMetricFamily(self._name(name), help_text, labels=("model_name",))
+            counter.add_metric(self._labels, getattr(stats, name.removeprefix("spec_decode_")))
+            yield counter
+        by_position = CounterMetricFamily(
+            self._name("spec_decode_num_accepted_tokens_per_pos"),
+            "How often the guess at a position, from 0 on, was right.",
+            labels=("model_name", "position"),
+        )
+        for position, value in enumerate(stats.num_accepted_by_position):
+            by_position.add_metric((*self._labels, str(position)), value)
+        yield by_position
 
     def _name(self, name: str) -> str:
         return f"{self._prefix}:{name}"

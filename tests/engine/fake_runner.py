@@ -12,6 +12,7 @@ from hashlib import blake2b
 import numpy as np
 
 from jaxllm.config import EngineConfig
+from jaxllm.engine.batch import accepted_tokens
 from jaxllm.engine.sequence import (
     NOT_FINITE,
     ON_DEVICE,
@@ -124,13 +125,15 @@ class FakeRunner:
         for source, destination in batch.copies:
             self._pool[self._block(destination)] = self._pool[self._block(source)]
         written: set[int] = set()
-        rows, following, pooled, contexts = [], [], [], []
+        rows, following, pooled, contexts, later_rows = [], [], [], [], []
         for scheduled in batch.sequences:
             sequence, start = scheduled.sequence, scheduled.start
             end = start + scheduled.num_tokens
-            token_ids = self._token_ids(sequence, end)
-            following += [*sequence.token_ids[start + 1 : end + 1], 0][: scheduled.num_tokens]
-            new = self._cells(sequence, end + max(0, scheduled.samples - 1))[start:].tolist()
+            drafts = list(scheduled.drafts)
+            token_ids = self._token_ids(sequence, end - len(drafts)) + drafts
+            following += [*token_ids, *sequence.token_ids[end:], 0][start + 1 : end + 1]
+            num_looped = 0 if drafts else max(0, scheduled.samples - 1)
+            new = self._cells(sequence, end + num_looped)[start:].tolist()
             assert written.isdisjoint(new), "two sequences write the same place in one step"
             written.update(new)
             # In batch order: a row must not read what a later row writes.
@@ -145,11 +148,19 @@ class FakeRunner:
             is_ok = self._compute(view, start)
             hidden = self._content(view, end)[min(start, end - 1) :, :2]
             pooled.append(self._pooled(sequence, start, hidden))
+            if drafts:
+                first, *others = self._verify(view, len(drafts))
+                later_rows += others
+                rows.append([first if is_ok else NOT_FINITE])
+                continue
             rows.append(self._decode(view, scheduled.samples) if is_ok else [NOT_FINITE])
             if len(rows[-1]) < scheduled.samples:
                 self._ended.add((sequence.sequence_id, scheduled.attempt))
         columns = [row + [0] * (batch.num_steps - len(row)) for row in rows]
-        result = self._result(batch, np.array(columns, np.int32).T, following)
+        tokens = np.array(columns, np.int32).T  # [num_steps, number of scheduled sequences]
+        if later_rows:
+            tokens = accepted_tokens(batch, np.append(tokens[0], later_rows))
+        result = self._result(batch, tokens, following)
         result = replace(
             result,
             pooled=np.array(pooled, np.float32),
@@ -216,6 +227,13 @@ class FakeRunner:
                 break
         return tokens or [-7]
 
+    def _verify(self, view: Sequence, num_drafts: int) -> list[int]:
+        """What the model samples before each draft and after the last."""
+        ends = range(len(view.token_ids) - num_drafts, len(view.token_ids) + 1)
+        tokens = [self.next_token(replace(view, token_ids=view.token_ids[:end])) for end in ends]
+        self._last_tokens[view.slot] = -99  # nobody reads it before the host knows how many count
+        return tokens
+
     def _pooled(self, sequence: Sequence, start: int, hidden: np.ndarray) -> np.ndarray:
         """[2]: of the last token, or the mean of all so far; only the slot's sums are at hand."""
         if sequence.pooling is None or sequence.pooling.pooling == "last":
@@ -255,6 +273,8 @@ class FakeRunner:
         assert len({row.sequence.sequence_id for row in rows}) == len(rows)
         slots = {row.sequence.slot for row in rows}
         assert len(slots) == len(rows) <= config.max_num_seqs
+        assert batch.num_drafts == sum(len(row.drafts) for row in rows)
+        assert batch.num_rows <= config.max_num_rows
         assert slots <= set(range(config.max_num_seqs))
         num_seqs = len(rows) - len(batch.leaders)
         for leader, row in zip(batch.leaders, rows[num_seqs:], strict=True):
@@ -267,8 +287,10 @@ class FakeRunner:
             assert (row.num_tokens >= 1) == (index < num_seqs)
             num_written = max(row.num_tokens, row.samples) if row.num_tokens else 0
             assert row.start + num_written == row.sequence.num_computed_tokens
-            assert bool(row.samples) == (end == row.sequence.num_tokens)
-            assert row.samples <= batch.num_steps
+            assert bool(row.samples) == (end - len(row.drafts) == row.sequence.num_tokens)
+            assert row.samples <= batch.num_steps + len(row.drafts)
+            assert len(row.drafts) <= config.num_speculative_tokens
+            assert not row.drafts or (row.samples == row.num_tokens == len(row.drafts) + 1)
             assert row.sequence.num_tokens + row.samples <= row.sequence.max_num_tokens
             assert len(row.sequence.block_table) <= config.max_blocks_per_seq
             if index < batch.num_decodes:

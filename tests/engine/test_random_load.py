@@ -3,6 +3,7 @@ sequence's tokens are those of the same sequence alone."""
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from beam_reference import beam_search
@@ -12,6 +13,7 @@ from jaxllm.beam_search_params import BeamSearchParams
 from jaxllm.config import EngineConfig
 from jaxllm.engine.engine import Engine, Request
 from jaxllm.engine.sequence import Sequence, SequenceStatus
+from jaxllm.engine.speculation import Speculator
 from jaxllm.request_error import RequestError
 from jaxllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -21,6 +23,7 @@ MODES = [
     {"overlap": True},
     {"overlap": False, "max_steps_per_dispatch": 3},
     {"overlap": True, "max_steps_per_dispatch": 4},
+    {"overlap": True, "num_speculative_tokens": 4, "max_steps_per_dispatch": 2},
 ]
 
 
@@ -34,7 +37,8 @@ def random_config(rng, **options):
         max_model_len=rng.randrange(max(2, num_blocks * block_size // 3), num_blocks * block_size)
         + 1,
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_seqs + rng.choice([0, 1, 5, 30]),
+        max_num_batched_tokens=max(max_num_seqs, 1 + options.get("num_speculative_tokens", 0))
+        + rng.choice([0, 1, 5, 30]),
         enable_prefix_caching=rng.random() < 0.8,
         policy=rng.choice(["fcfs", "fcfs", "priority"]),
         **options,
@@ -121,6 +125,27 @@ def all_dispatched(sequence):
     return sequence.num_tokens == sequence.max_num_tokens
 
 
+class RandomProposer:
+    """Knows what the model generates, and is often wrong."""
+
+    def __init__(self, rng):
+        self.rng = rng
+
+    def propose(self, sequences, count):
+        return [self.guess(sequence, count) for sequence in sequences]
+
+    def guess(self, sequence, count):
+        known = replace(
+            sequence, token_ids=sequence.token_ids[: sequence.num_known_tokens], num_pending=0
+        )
+        for _ in range(self.rng.choice([0, count, count])):
+            is_right = self.rng.random() < 0.8
+            known.token_ids.append(
+                hashed_token(known) if is_right else self.rng.randrange(VOCAB_SIZE)
+            )
+        return known.token_ids[sequence.num_known_tokens :]
+
+
 class World:
     """An engine on a fake runner, and all that was sent to it and came back."""
 
@@ -138,9 +163,14 @@ class World:
         round_budget = None
         if rng.random() < 0.5:
             round_budget = lambda number: 1 << number.bit_length() - 1  # noqa: E731
+        speculator = None
+        if config.num_speculative_tokens:
+            proposer = RandomProposer(rng)
+            speculator = Speculator(proposer, config.num_speculative_tokens, row_cost=0.01)
         self.engine = Engine(
-            config, runner, vocab_size=VOCAB_SIZE, eos_token_ids=(EOS,), round_budget=round_budget
-        )
+            config, runner, vocab_size=VOCAB_SIZE, eos_token_ids=(EOS,), round_budget=round_budget,
+            speculator=speculator,
+        )  # fmt: skip
         self.prefixes = [
             [rng.randrange(VOCAB_SIZE) for _ in range(config.max_model_len)] for _ in range(3)
         ]
@@ -176,6 +206,7 @@ class World:
         self.counts["several"] += batch.num_steps > 1
         self.counts["forks"] += len(batch.leaders)
         self.counts["copies"] += len(batch.copies)
+        self.counts["drafts"] += batch.num_rows - len(batch.sequences)
         self.counts["pending"] += any(sequence.num_pending for sequence in scheduled)
         self.counts["cached"] += sum(sequence.num_cached_tokens for sequence in scheduled)
         error = self.random_failure()
@@ -244,6 +275,7 @@ class World:
         if output.finished:
             self.finished[output.request_id] = output
             self.counts["preemptions"] += output.metrics.num_preemptions
+            self.counts["accepted"] += output.metrics.num_accepted_tokens
 
     def check_prompt_logprobs(self, request, prompt_logprobs):
         assert prompt_logprobs[0] is None
@@ -333,6 +365,9 @@ def test_every_answer_is_that_of_the_request_alone(first_seed, mode):
         assert counts[name] > 10, name
     assert (counts["pending"] > 100) == mode["overlap"]
     assert (counts["several"] > 30) == ("max_steps_per_dispatch" in mode)
+    if "num_speculative_tokens" in mode:
+        assert counts["accepted"] > 30
+        assert counts["drafts"] > counts["accepted"] + 30
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)

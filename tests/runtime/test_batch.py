@@ -19,7 +19,7 @@ from jaxllm.engine.batch import (
     table_row,
     uses_table,
 )
-from jaxllm.engine.sequence import ON_DEVICE, Batch, ScheduledSequence, Sequence
+from jaxllm.engine.sequence import NO_TOKEN, ON_DEVICE, Batch, ScheduledSequence, Sequence
 from jaxllm.runtime.step import unpack
 from jaxllm.sampling_params import SamplingParams
 
@@ -286,3 +286,29 @@ def test_table_row_biases_allows_and_bans() -> None:
 )
 def test_stop_token_ids(options: dict[str, Any], expected: set[int]) -> None:
     assert SamplingParams(**options).all_stop_token_ids((4, 9)) == expected
+
+
+def test_drafts_have_rows_after_all_others(packer: BatchPacker) -> None:
+    layout = PackedLayout(MIXED.bucket, MAX_BLOCKS, max_drafts=3)
+    plain = sequence_of(2, sequence_id=1, output=(8,), temperature=0.5)
+    guessing = sequence_of(4, sequence_id=2, output=(9, 10), temperature=0.75)
+    rows = decode(plain), ScheduledSequence(guessing, 4, 3, 3, 0, (11, 12))
+    views = pack(packer, Batch([*rows], 4, 1, num_drafts=2), layout)
+    assert views["token_ids"][:4].tolist() == [8, 10, 11, 12]
+    assert views["query_start"].tolist() == [0, 1, 4, 4, 4, 4, 4, 4, 4]
+    assert views["distribution"].tolist() == [1, 1, 2]
+    assert views["counts"].tolist() == [4, 0]
+    assert views["seq_lens"][:2].tolist() == [4, 7]
+    assert views["logit_rows"][:4].tolist() == [0, 1, 2, 3]
+    assert views["slots"].tolist() == [2, 4, 4, 4] + [NUM_SLOTS] * 4
+    assert views["output_lens"][:4].tolist() == [1, 2, 3, 4]
+    assert views["temperature"][:4].tolist() == [0.5, 0.75, 0.75, 0.75]
+    assert views["drafts"].tolist() == [NO_TOKEN, 11, 12] + [NO_TOKEN] * 5
+    assert views["previous_rows"].tolist() == [0, 1, 1, 2, 4, 5, 6, 7]
+
+
+def test_a_step_without_drafts_verifies_none(packer: BatchPacker) -> None:
+    layout = PackedLayout(MIXED.bucket, MAX_BLOCKS, max_drafts=3)
+    views = pack(packer, batch_of(prefill(sequence_of(0))), layout)
+    assert views["drafts"].tolist() == [NO_TOKEN] * 8
+    assert views["previous_rows"].tolist() == list(range(8))

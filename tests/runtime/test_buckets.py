@@ -46,6 +46,9 @@ def test_the_buckets_of_a_small_engine() -> None:
     small = [Bucket(n, 8, decode_only=False) for n in (32, 64, 128, 200)]
     large = [Bucket(n, 40, decode_only=False) for n in (64, 128, 200)]
     assert plan_buckets(33, 200) == (*decode, *small, *large)
+    drafts = Bucket(8, 8, decode_only=False)
+    assert plan_buckets(33, 200, with_drafts=True) == (*decode, drafts, *small, *large)
+    assert plan_buckets(8, 8, with_drafts=True) == plan_buckets(8, 8)
 
 
 def test_a_decode_batch_may_run_in_a_mixed_bucket_but_not_the_reverse() -> None:
@@ -78,7 +81,9 @@ def test_buckets_that_are_too_small_do_not_fit() -> None:
      (86, 86), (128, 128), (170, 128), (171, 171), (199, 199), (200, 200), (266, 200)],
 )  # fmt: skip
 def test_tokens_are_rounded_down_when_little_is_left_over(num_tokens: int, rounded: int) -> None:
-    assert TokenRounding(plan_buckets(33, 200))(num_tokens) == rounded
+    for with_drafts in (False, True):
+        buckets = plan_buckets(33, 200, with_drafts=with_drafts)
+        assert TokenRounding(buckets)(num_tokens) == rounded
 
 
 def test_rounded_steps_are_padded_by_less_than_a_third() -> None:

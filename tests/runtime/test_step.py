@@ -21,11 +21,16 @@ NUM_SLOTS, NUM_BLOCKS = 8, 4096
 
 
 def jitted_step(
-    bucket: Bucket, layer_loop: LayerLoop, dtype: Any, platform: str, max_steps: int = 1
+    bucket: Bucket,
+    layer_loop: LayerLoop,
+    dtype: Any,
+    platform: str,
+    max_steps: int = 1,
+    max_drafts: int = 0,
 ) -> tuple[Any, tuple[Any, ...]]:
     """The step of a bucket, not yet compiled, and its abstract arguments."""
     model = Model(CONFIG, layer_loop=layer_loop, dtype=dtype)
-    layout = PackedLayout(bucket, max_blocks=32, max_steps=max_steps)
+    layout = PackedLayout(bucket, 32, max_steps, max_drafts)
     state = State(
         abstract_pool(CONFIG, NUM_BLOCKS, 16, dtype, platform),  # type: ignore[arg-type]
         *(
@@ -54,10 +59,15 @@ def test_the_pool_is_updated_in_place(bucket: Bucket, max_steps: int, dtype: Any
     assert analysis.temp_size_in_bytes < pool_bytes / 8
 
 
-@pytest.mark.parametrize(("bucket", "max_steps"), [(DECODE, 1), (DECODE, 4), (MIXED, 1)])
+@pytest.mark.parametrize(
+    ("bucket", "max_steps", "max_drafts"),
+    [(DECODE, 1, 0), (DECODE, 4, 0), (MIXED, 1, 0), (MIXED, 1, 7)],
+)
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
-def test_the_step_lowers_for_accelerators(bucket: Bucket, max_steps: int, platform: str) -> None:
-    step, arguments = jitted_step(bucket, "scan", jnp.bfloat16, platform, max_steps)
+def test_the_step_lowers_for_accelerators(
+    bucket: Bucket, max_steps: int, max_drafts: int, platform: str
+) -> None:
+    step, arguments = jitted_step(bucket, "scan", jnp.bfloat16, platform, max_steps, max_drafts)
     text = step.trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
     assert "stablehlo.while" in text
     assert "tensor<3x4096x16x4x16xbf16>" in text  # the pool, in its own type

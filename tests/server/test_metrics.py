@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from jaxllm.engine.engine import EngineStats
 from jaxllm.engine.histogram import HistogramStats
 from jaxllm.engine.sequence import RunnerFigures
+from jaxllm.engine.speculation import SpeculationStats
 from jaxllm.outputs import RequestMetrics
 from jaxllm.server.logs import RequestRecord, configure_logging, escape, log_request
 from jaxllm.server.metrics import FinishedRequest, Metrics
@@ -83,6 +84,23 @@ def test_engine_figures_are_shown_as_they_are() -> None:
         if name == "jaxllm:step_seconds_bucket"
     }
     assert buckets == {"0.01": 4, "0.1": 9, "+Inf": 10}
+
+
+def test_drafts_are_counted_under_the_names_of_vllm() -> None:
+    metrics = Metrics("vllm", model_name="m")
+    metrics.update_engine(STATS)
+    assert not any("spec_decode" in name for name, _ in samples(metrics))  # it does not speculate
+    metrics.update_engine(replace(STATS, speculation=SpeculationStats(9, 20, 12, (7, 5, 0))))
+    shown = of_model(metrics, "vllm")
+    assert shown["spec_decode_num_drafts_total"] == 9
+    assert shown["spec_decode_num_draft_tokens_total"] == 20
+    assert shown["spec_decode_num_accepted_tokens_total"] == 12
+    by_position = {
+        dict(labels)["position"]: value
+        for (name, labels), value in samples(metrics).items()
+        if name == "vllm:spec_decode_num_accepted_tokens_per_pos_total"
+    }
+    assert by_position == {"0": 7, "1": 5, "2": 0}
 
 
 def test_a_late_answer_of_the_engine_does_not_turn_counters_back() -> None:
