@@ -64,7 +64,7 @@ class SequenceState:
 
     __slots__ = (
         "_end_sent", "_lazy", "_num_pushed", "_num_sent", "_stop_ids", "_text_end",
-        "cumulative_logprob", "detokenizer", "logprobs", "request", "sequence",
+        "cumulative_logprob", "detokenizer", "is_scored", "logprobs", "request", "sequence",
     )  # fmt: skip
 
     def __init__(
