@@ -316,4 +316,4 @@ def test_greedy_answers_with_speculation_are_those_without(
         stats = llm.engine.stats().speculation
     assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in expected]
     assert stats is not None
-    assert stats.num_draft_tokens > stats.num_accepted_tokens > NUM_TOKENS // 2
+    assert stats.num_draft_tokens >= stats.num_accepted_tokens > NUM_TOKENS // 2
