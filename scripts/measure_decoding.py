@@ -16,14 +16,18 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from measuring import Figures, machine, report
 
 from jaxllm.bench.processes import cache_with_models
+
+if TYPE_CHECKING:
+    from jaxllm.loading.gguf_source import GGUFFile
 
 MODEL = "smollm2-135m-instruct"
 NUM_ANSWERS, PROMPT_LEN, ANSWER_LEN = 8, 1024, 32
@@ -111,17 +115,23 @@ def own_beams(model: str, cache_dir: str, dtype: str) -> Figures:
 
 
 def their_beams(model: str, cache_dir: str, dtype: str) -> Figures:
-    """The same of transformers, which reads the same file."""
+    """The same of transformers with the same weights."""
     import transformers
 
+    from jaxllm.loading.gguf_source import GGUFFile
     from jaxllm.loading.hub import find_model
+    from jaxllm.text.tokenizer import load_tokenizer_from_gguf
 
     path = find_model(model, cache_dir=Path(cache_dir)).gguf
     assert path is not None, "transformers is measured with a model of one .gguf file"
-    where: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **where)
-    network = transformers.AutoModelForCausalLM.from_pretrained(path.parent, dtype=dtype, **where)
-    inputs = tokenizer(TEXT, return_tensors="pt")
+    file = GGUFFile(path)
+    with tempfile.TemporaryDirectory() as folder:
+        _save_for_transformers(file, Path(folder))
+        network = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    prompt = load_tokenizer_from_gguf(file.metadata).encode(TEXT)
+    inputs = transformers.BatchEncoding(
+        {"input_ids": [prompt], "attention_mask": [[1] * len(prompt)]}, tensor_type="pt"
+    )
     config = transformers.GenerationConfig(
         do_sample=False, num_beams=BEAM_WIDTH, max_new_tokens=SEARCHED_LEN, pad_token_id=0
     )
@@ -131,8 +141,33 @@ def their_beams(model: str, cache_dir: str, dtype: str) -> Figures:
         seconds.append(
             _timed(lambda: best.append(network.generate(**inputs, generation_config=config)))
         )
-    tokens = best[-1][0, inputs["input_ids"].shape[1] :].tolist()
+    tokens = best[-1][0, len(prompt) :].tolist()
     return {"seconds": statistics.median(seconds[1:]), "tokens": tokens}
+
+
+def _save_for_transformers(file: GGUFFile, folder: Path) -> None:
+    """A Llama of a .gguf file as a folder that transformers reads. It reads such files itself, but
+    not without a further package."""
+    import transformers
+    from safetensors.numpy import save_file
+
+    config, source = file.config(), file.source()
+    options: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope.theta},
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "architectures": ["LlamaForCausalLM"],
+    }
+    transformers.LlamaConfig(**options).save_pretrained(folder)
+    weights = {name: source.read(name) for name in source.shapes}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 # ---- in the process that measures
