@@ -246,6 +246,9 @@ def test_there_are_configs() -> None:
             ["generate", "m", "--prompt", "a", "--beam-width", "2", "--stream"],
             "--stream cannot be combined with --beam-width",
         ),
+        (["generate", "m", "--prompt", "a", "--speculative", "eagle"], "one of ngram"),
+        (["serve", "m", "--speculative", "draft:m"], "not supported yet; use 'ngram'"),
+        (["serve", "m", "--num-speculative-tokens", "3"], "has no effect without speculation"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(cli: Cli, words: list[str], message: str) -> None:
