@@ -116,8 +116,10 @@ def test_equals_the_formula(
     )  # fmt: skip
     meant = wide(x)
     if int8_rows:
-        steps = np.abs(meant).max(axis=1, keepdims=True).astype(np.float32) / np.float32(127)
-        meant = np.round(meant.astype(np.float32) / steps) * wide(steps)
+        rows, steps = quantize_rows(x)
+        np.testing.assert_allclose(wide(steps)[:, 0], np.abs(meant).max(axis=1) / 127, rtol=1e-6)
+        assert (np.abs(wide(rows) * wide(steps) - meant) <= 0.5001 * wide(steps)).all()
+        meant = wide(rows) * wide(steps)
     one = jax.tree.map(lambda array: array[1], q)
     expected = formula(meant, one, group_size)
     np.testing.assert_allclose(wide(out), expected, rtol=1e-4, atol=1e-4 * np.sqrt(k))
