@@ -53,9 +53,7 @@ SETUPS = (
 KINDS = ("decode", "mixed")  # the smallest of the one, the largest of the other
 IN_CI = (
     "smollm2-135m-v5e v5e decode",
-    "llama-3-8b-v6e v6e decode",
     "llama-3-8b-v5e-8 v7x decode",
-    "qwen3-32b-v6e-8 v6e mixed",
 )
 
 
