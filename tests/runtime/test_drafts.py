@@ -68,7 +68,9 @@ def says(drafts: np.ndarray, **options: Any) -> tuple[np.ndarray, np.ndarray]:
     info[:, STOP] |= IS_STOP
     bias = np.zeros((num_seqs, VOCAB), np.float32)
     bias[:, list(options.get("logit_bias", {}))] = list(options.get("logit_bias", {}).values())
-    tokens = sample(TABLE[before], inputs, info, bias, slots, chains.tokens_before)
+    everything = np.full((len(info), 1), -1, np.int32)  # masks that no row applies
+    tables = sampler.SamplingTables(info, bias, everything)
+    tokens = sample(TABLE[before], inputs, tables, slots, chains.tokens_before)
     valid, is_last = chains.verify(tokens, jnp.ones(num_rows, bool))
     counted = np.asarray(sampler.count_tokens(jnp.asarray(info), slots, tokens, valid)) - info
     said = np.where(valid, tokens, NO_TOKEN).reshape(-1, num_seqs).T
