@@ -370,7 +370,7 @@ async def test_when_the_engine_dies_every_waiter_learns_it(
     scheduler = engine.running.engine.scheduler
     schedule = scheduler.schedule
 
-    def fail() -> Any:
+    def fail(*_: Any) -> Any:
         if scheduler.num_running == 3:
             raise AssertionError("a block is lost")
         time.sleep(0.05)  # until the third has come
