@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 from loop_lag import lag_of, percentile
+from machine_speed import slowness
 from server_on_a_thread import RunningServer
 
-MAX_LAG_SECONDS = 0.05
+MAX_LAG_SECONDS = 0.05  # on the machine that it was set on, see machine_speed.py
 MAX_GROWTH_MIB = 8
 NUM_TRIES = 3
 SCRIPT = Path(__file__).parents[2] / "scripts" / "load_test.py"
@@ -32,7 +33,7 @@ def test_two_hundred_clients(server: RunningServer, tmp_path: Path) -> None:
     for _ in range(NUM_TRIES):  # what else the machine does shows in these two, and only there
         lag, growth = under_load(server, tmp_path / "figures.json")
         seen.append(f"lag p99 {1000 * lag:.0f} ms, {growth:.0f} MiB more")
-        if lag < MAX_LAG_SECONDS and growth < MAX_GROWTH_MIB:
+        if lag < MAX_LAG_SECONDS * slowness() and growth < MAX_GROWTH_MIB:
             return
     raise AssertionError("; ".join(seen))
 
