@@ -85,7 +85,7 @@ def test_another_process_compiles_nothing(
     assert child.returncode == 0, child.stderr[-3000:]
     num_events, num_compiled, num_loaded, tokens = json.loads(child.stdout)
     assert (num_events, num_compiled) == (0, 0)
-    assert num_loaded == len(list(programs.glob("*.bin"))) == 4
+    assert num_loaded == len(list(programs.glob("*.bin"))) == 5
     assert not (tmp_path / "programs").exists() or not any((tmp_path / "programs").iterdir())
     with LLM(str(tiny_llama_folder), program_cache=False, compilation="on_demand", **LIMITS) as llm:
         expected = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
@@ -101,7 +101,7 @@ def test_programs_for_a_mesh_of_one_device_run(tiny_llama_folder: Path, tmp_path
     out = tmp_path / "programs"
     done: list[str] = []
     compile_ahead(config, options, placement, out, device_memory=None, progress=done.append)
-    assert len(done) == 1 + 4
+    assert len(done) == 1 + 5
     outputs = []
     for given in ({"compiled": out}, {"layer_loop": "scan", "program_cache": False}):
         with LLM(str(tiny_llama_folder), compilation="on_demand", **LIMITS, **given) as llm:
@@ -124,7 +124,7 @@ def test_programs_for_a_tpu_are_stored(tiny_llama_folder: Path, tmp_path: Path) 
     assert manifest["device"]["number"] == 2
     assert "libtpu" in manifest["versions"]
     assert manifest["num_blocks"] == 64  # 8 sequences of 128 tokens in blocks of 16
-    assert len(list(out.glob("*.bin"))) == len(manifest["programs"]) == 4
+    assert len(list(out.glob("*.bin"))) == len(manifest["programs"]) == 5
     with pytest.raises(CompiledFolderError, match="device: platform was 'tpu' and is 'cpu' now"):
         LLM(str(tiny_llama_folder), compiled=out, **LIMITS)
 
@@ -135,7 +135,7 @@ def test_the_manifest_says_what_the_programs_are_for(programs: Path) -> None:
     assert manifest["device"]["platform"] == "cpu"
     assert manifest["options"]["max_num_seqs"] == 8
     assert set(manifest["programs"]) == {
-        "allocate state", "mixed 32x8", "decode 8x8", "write sampling table row",
+        "allocate state", "mixed 32x8", "decode 8x8", "write sampling table row", "write masks",
     }  # fmt: skip
 
 
