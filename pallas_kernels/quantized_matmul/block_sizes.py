@@ -3,10 +3,10 @@ measured, tuned/<device kind>.json (see scripts/tune_kernels.py)."""
 
 from __future__ import annotations
 
-import functools
-import json
 from pathlib import Path
 from typing import NamedTuple
+
+from pallas_kernels.device import tuned_sizes
 
 LANES = 128
 TUNED = Path(__file__).parent / "tuned"
@@ -43,7 +43,7 @@ class Problem(NamedTuple):
 
 def block_sizes(problem: Problem, device_kind: str) -> BlockSizes:
     """The tuned sizes for the problem on that device, or else the heuristic's."""
-    tuned = _tuned(TUNED / f"{device_kind}.json").get(problem.key)
+    tuned = tuned_sizes(TUNED, device_kind).get(problem.key)
     return heuristic(problem) if tuned is None else BlockSizes(*tuned)
 
 
@@ -85,10 +85,3 @@ def _even_tile(size: int, limit: int, multiple: int) -> int:
 
 def _round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
-
-
-@functools.cache
-def _tuned(file: Path) -> dict[str, list[int]]:
-    if not file.is_file():
-        return {}
-    return json.loads(file.read_text())

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
+
+from pallas_kernels.device import tuned_sizes
 
 TUNED = Path(__file__).parent / "tuned"
 ITEM_BYTES = 4 << 20  # of one fetch: long enough to hide the latency of the next
@@ -34,7 +34,8 @@ def block_sizes(
 ) -> BlockSizes:
     """Sizes for K key heads. query_rows: of one token for a key head, in all streams; fold: tokens
     of a row of the pool, whose bytes are row_bytes. Tokens are powers of two."""
-    tuned = _tuned(device_kind).get(f"{num_kv_heads}x{query_rows}x{fold}x{row_bytes}")
+    problem = f"{num_kv_heads}x{query_rows}x{fold}x{row_bytes}"
+    tuned = tuned_sizes(TUNED, device_kind).get(problem)
     if tuned is not None:
         return BlockSizes(**tuned)
     heads = max(n for n in range(1, 9) if num_kv_heads % n == 0)
@@ -54,9 +55,3 @@ def block_sizes(
 def _power_of_two(number: int, least: int, most: int) -> int:
     """The largest power of two up to a number, within bounds."""
     return min(max(1 << max(number, 1).bit_length() - 1, least), most)
-
-
-@lru_cache
-def _tuned(device_kind: str) -> dict[str, dict[str, int]]:
-    path = TUNED / f"{device_kind}.json"
-    return json.loads(path.read_text()) if path.is_file() else {}

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.device import device_kind
 from pallas_kernels.ragged_paged_attention.block_sizes import (
     FEW_TOKENS,
     BlockSizes,
@@ -109,7 +110,7 @@ def plan(
     block_size = rows_per_block * layout.fold
     row_bytes = layout.lanes * kv_pool.dtype.itemsize
     query_rows = layout.fold * group_words * packed
-    sizes = sizes or block_sizes(num_kv_heads, query_rows, layout.fold, row_bytes, _device_kind())
+    sizes = sizes or block_sizes(num_kv_heads, query_rows, layout.fold, row_bytes, device_kind())
     longest = 1 << (block_tables.shape[1] - 1).bit_length()
     fetch_blocks = max(1, min(sizes.fetch_tokens // block_size, longest))
     window_entries = -(-(fetch_blocks + TABLE_ALIGNMENT - 1) // TABLE_ALIGNMENT) * TABLE_ALIGNMENT
@@ -154,13 +155,6 @@ def _tiles(
     if max_query_len is not None and max_query_len <= FEW_TOKENS:
         return ((0, single), (2, few))
     return ((0, single), (1, few), (2, several(sizes.query_tokens)))
-
-
-def _device_kind() -> str:
-    try:
-        return str(pltpu.get_tpu_info().chip_version)
-    except ValueError:  # not a TPU: the interpreter
-        return ""
 
 
 def _token_words(p: Problem, elements: jax.Array) -> jax.Array:
