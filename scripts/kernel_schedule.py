@@ -12,7 +12,6 @@ cycles the item's keys and values take from HBM at its stated bandwidth. Needs l
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 import tempfile
@@ -21,22 +20,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import tpu_dumps
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
-class Chip(NamedTuple):
-    """One core: its topology's name, clock in Hz, and HBM bytes a second."""
-
-    topology: str
-    clock: float
-    bandwidth: float
-
-
-CHIPS = {
-    "v5e": Chip("v5e:2x2", 1.5e9, 8.19e11),
-    "v6e": Chip("v6e:2x2", 1.75e9, 1.64e12),
-    "v7x": Chip("tpu7x:2x2x1", 2.2e9, 3.69e12),
-}
 # query heads, key heads, head size, the pool's type
 CASES = [
     (32, 8, 128, "bfloat16"), (9, 3, 64, "bfloat16"), (32, 8, 128, "int8"),
@@ -57,18 +45,15 @@ class Loop(NamedTuple):
     products: int
 
 
-def loops_of(bundles: Path, utilization: Path) -> list[Loop]:
-    """The loops of a kernel in the order in which they begin."""
-    rows = re.findall(r"^[\d ]+$", utilization.read_text().split("UTILIZATION:")[1], re.M)
-    names = [
-        n.strip() for n in re.search(r"^MATMUL.*$", utilization.read_text(), re.M)[0].split(",")
-    ]
-    spill, product = names.index("VSTORE:SPILL"), names.index("MATMUL")
+def loops_of(program: str, usage: str) -> list[Loop]:
+    """The loops of a kernel in the order in which they begin. A bundle counts for the loop of its
+    depth that began last, wherever the compiler has put it."""
+    spills, products = (tpu_dumps.units(usage, u) for u in (tpu_dumps.SPILLS, tpu_dumps.PRODUCTS))
     pattern = re.compile(r"^\s*0x([0-9a-f]+)\s+(LB)?[A-Z]*\s*:\s*(>*)\s*(\{\})?", re.M)
     loops: list[list[int]] = []
     open_loops: list[int] = []
     depth = 0
-    for match in pattern.finditer(bundles.read_text(errors="replace")):
+    for match in pattern.finditer(program):
         address = int(match[1], 16)
         if match[3] or not match[4]:  # an empty bundle bears no mark of its depth
             depth = len(match[3])
@@ -79,11 +64,10 @@ def loops_of(bundles: Path, utilization: Path) -> list[Loop]:
         if depth == 0 or not open_loops:
             continue
         loop = loops[open_loops[min(depth, len(open_loops)) - 1]]
-        units = [int(n) for n in rows[address].split()] if address < len(rows) else []
         loop[1] += 1
-        if units:
-            loop[2] += units[spill]
-            loop[3] += units[product]
+        if address < len(spills):
+            loop[2] += spills[address]
+            loop[3] += products[address]
     return [Loop(*loop) for loop in loops]
 
 
@@ -109,38 +93,26 @@ def compile_case(chip: str, case: tuple[int, int, int, str], dump: Path) -> tupl
     """The kernel's sizes, its loops and the seconds that it took to compile."""
     import jax
     import jax.numpy as jnp
-    import numpy as np
-    from jax.experimental import topologies
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     from pallas_kernels.ragged_paged_attention import tpu
     from pallas_kernels.ragged_paged_attention.tpu_layout import physical_shape
 
     num_heads, num_kv_heads, head_dim, pool_dtype = case
-    device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip].topology)
-    mesh = Mesh(np.array(device.devices[:1]), ("chip",))
-    place = partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, PartitionSpec()))
-    q = place((NUM_SEQS, num_heads, head_dim), jnp.bfloat16)
-    k = place((NUM_SEQS, num_kv_heads, head_dim), jnp.bfloat16)
-    pool = place(
-        physical_shape(1, NUM_BLOCKS, BLOCK_SIZE, num_kv_heads, head_dim), jnp.dtype(pool_dtype)
-    )
-    numbers = [(), (NUM_SEQS,), (NUM_SEQS, TABLE_LEN), (NUM_SEQS + 1,), (3,)]
-    tables = [place(shape, jnp.int32) for shape in numbers]
+    pool_shape = physical_shape(1, NUM_BLOCKS, BLOCK_SIZE, num_kv_heads, head_dim)
     call = partial(tpu.ragged_paged_attention, scale=head_dim**-0.5, max_query_len=1)
-    for file in dump.iterdir():
-        file.unlink()
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    tpu_dumps.clear(dump)
+    with tpu_dumps.described(tpu_dumps.CHIPS[chip]) as place:
+        q = place((NUM_SEQS, num_heads, head_dim), jnp.bfloat16)
+        k = place((NUM_SEQS, num_kv_heads, head_dim), jnp.bfloat16)
+        pool = place(pool_shape, jnp.dtype(pool_dtype))
+        numbers = [(), (NUM_SEQS,), (NUM_SEQS, TABLE_LEN), (NUM_SEQS + 1,), (3,)]
+        tables = [place(shape, jnp.int32) for shape in numbers]
         lowered = jax.jit(call, donate_argnums=3).lower(q, k, k, pool, *tables)
         problem, ((_, tile),) = tpu.plan(q, k, pool, tables[2], 0, None, 1, None)
     started = time.process_time()
     lowered.compile()
     seconds = time.process_time() - started
-    kernel = "*ragged_paged_attention*-"
-    loops = loops_of(
-        next(f for f in dump.glob(kernel + "final_bundles.txt")),
-        next(f for f in dump.glob(kernel + "final_hlo-static-per-bundle-utilization.txt")),
-    )
+    loops = loops_of(*tpu_dumps.read_program(dump, "ragged_paged_attention"))
     return problem, tile, loops, seconds
 
 
@@ -153,7 +125,7 @@ def row_of_table(chip: str, case: tuple[int, int, int, str], dump: Path) -> list
     tokens = problem.fetch_blocks * problem.block_size
     num_heads, num_kv_heads, head_dim, pool_dtype = case
     size = tokens * 2 * num_kv_heads * head_dim * problem.pool_dtype.itemsize
-    copies = size / CHIPS[chip].bandwidth * CHIPS[chip].clock
+    copies = size / tpu_dumps.CHIPS[chip].bytes_per_cycle
     return [
         f"{num_heads}/{num_kv_heads}/{head_dim}", pool_dtype, str(bundles), f"{copies:.0f}",
         f"{bundles / copies:.2f}", str(spills), f"{seconds:.1f}",
@@ -164,18 +136,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--chip", choices=CHIPS, default="v6e")
+    parser.add_argument("--chip", choices=tpu_dumps.CHIPS, default="v6e")
     chip = parser.parse_args().chip
     with tempfile.TemporaryDirectory() as dump:
-        os.environ["JAX_PLATFORMS"] = "cpu"
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or libtpu asks a machine for its chips
-        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # another may be compiling
-        flags = (
-            f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_emit_annotations=true"
-        )
-        os.environ["LIBTPU_INIT_ARGS"] = flags
+        tpu_dumps.start_dumps(Path(dump))
         print(f"| {' | '.join(COLUMNS.split())} |")
         print("|---|---|" + "---:|" * (len(COLUMNS.split()) - 2))
         for case in CASES:

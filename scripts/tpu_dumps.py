@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +19,6 @@ class Chip(NamedTuple):
     """A described device; frequencies and bandwidths by the makers' pages."""
 
     topology: str
-    kind: str  # JAX's device_kind
     clock: float  # cycles/s
     bandwidth: float  # of its memory, bytes/s
 
@@ -27,10 +28,11 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-    "v5e": Chip("v5e:2x2", "TPU v5 lite", 1.5e9, 8.19e11),
-    "v6e": Chip("v6e:2x2", "TPU v6 lite", 1.75e9, 1.64e12),
-    "v7x": Chip("tpu7x:2x2x1", "TPU7x", 2.2e9, 3.69e12),
+    "v5e": Chip("v5e:2x2", 1.5e9, 8.19e11),
+    "v6e": Chip("v6e:2x2", 1.75e9, 1.64e12),
+    "v7x": Chip("tpu7x:2x2x1", 2.2e9, 3.69e12),
 }
+SPILLS, PRODUCTS = "VSTORE:SPILL", "MATMUL"  # units
 BUNDLE = re.compile(r"\s*0x([0-9a-f]+)\s+([A-Z]{2})?\s*:\s*(>*)\s*(\{\})?")
 
 
@@ -57,23 +59,41 @@ def compile_loops(
 ) -> list[Loop]:
     """The loops of the kernel (a pallas_call's name) in a function compiled for one chip."""
     import jax
+
+    clear(folder)
+    with described(chip) as place:
+        jax.jit(function).lower(*(place(s.shape, s.dtype) for s in shapes)).compile()
+    return read_loops(folder, kernel)
+
+
+def clear(folder: Path) -> None:
+    """Forgets the programs that were written."""
+    for file in folder.iterdir():
+        file.unlink()
+
+
+@contextmanager
+def described(chip: Chip) -> Iterator[Callable[..., Any]]:
+    """A chip that what is lowered meanwhile is for; gives jax.ShapeDtypeStruct for arrays on it."""
+    import jax
     import numpy as np
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    for file in folder.iterdir():
-        file.unlink()
     description = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology)
     mesh = Mesh(np.array(description.devices[:1]), ("chip",))
-    sharding = NamedSharding(mesh, PartitionSpec())
-    placed = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for s in shapes]
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        jax.jit(function).lower(*placed).compile()
-    return read_loops(folder, kernel)
+        yield partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, PartitionSpec()))
 
 
 def read_loops(folder: Path, kernel: str) -> list[Loop]:
-    """Raises FileNotFoundError where libtpu has written no program of that name."""
+    """As read_program."""
+    return loops_of(*read_program(folder, kernel))
+
+
+def read_program(folder: Path, kernel: str) -> tuple[str, str]:
+    """The program of a kernel and its use of a chip's units. Raises FileNotFoundError where libtpu
+    has written no program of that name."""
     programs = [
         file
         for file in sorted(folder.glob(f"*-{kernel}*-final_bundles.txt"))
@@ -83,12 +103,12 @@ def read_loops(folder: Path, kernel: str) -> list[Loop]:
         raise FileNotFoundError(f"no program of a kernel {kernel!r} in {folder}")
     stem = re.sub(r"-\d+-final_bundles\.txt$", "", programs[-1].name)
     usage = next(folder.glob(f"{stem}-*final_hlo-static-per-bundle-utilization.txt"))
-    return loops_of(programs[-1].read_text(errors="replace"), usage.read_text(errors="replace"))
+    return programs[-1].read_text(errors="replace"), usage.read_text(errors="replace")
 
 
 def loops_of(program: str, usage: str) -> list[Loop]:
-    """The loops of a program. `program` marks a bundle's depth by that many ">" and a loop's first
-    bundle by "LB"; `usage` has a line of names, and after "== UTIL" a row of counts a bundle."""
+    """The loops of a program, which marks a bundle's depth by that many ">" and a loop's first
+    bundle by "LB"."""
     depths: list[int] = []
     starts: list[int] = []
     for line in program.splitlines():
@@ -99,7 +119,7 @@ def loops_of(program: str, usage: str) -> list[Loop]:
             starts.append(len(depths))
         unmarked = match.group(4) and not match.group(3)  # an empty bundle bears no mark
         depths.append(depths[-1] if unmarked and depths else len(match.group(3)))
-    spills = _spills(usage)
+    spills = units(usage, SPILLS)
     loops = []
     for start in starts:
         depth, own = depths[start], []
@@ -113,8 +133,10 @@ def loops_of(program: str, usage: str) -> list[Loop]:
     return loops
 
 
-def _spills(usage: str) -> list[int]:
+def units(usage: str, name: str) -> list[int]:
+    """How often each bundle uses a unit. `usage` has a line of names, and after "== UTIL" a row of
+    counts a bundle."""
     head, _, rows = usage.partition("== UTIL")
     names = next(line for line in head.splitlines() if "MATMUL" in line).split(",")
-    column = [name.strip() for name in names].index("VSTORE:SPILL")
+    column = [each.strip() for each in names].index(name)
     return [int(row.split()[column]) for row in rows.splitlines()[1:] if row.strip()]
