@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,7 +29,7 @@ def compile_ahead(
     model = build_model(config, options, placement)
     smallest = smallest_config(model, options, placement)
     _make(folder)
-    compiler = Compiler(None, num_threads=max(1, (os.cpu_count() or 1) // 2), placement=placement)
+    compiler = Compiler(None, placement=placement)
     try:
         progress(f"sizing the block pool for {placement}")
         full = with_pool(smallest, model, options, placement, compiler, device_memory)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -146,7 +145,6 @@ def start_engine(model_name: str, options: EngineOptions) -> RunningEngine:
     steps = step_options(options, placement)
     compiler = Compiler(
         ProgramCache.open(cache_dir / "programs") if options.program_cache else None,
-        num_threads=max(1, (os.cpu_count() or 1) // 2),  # LLVM uses several cores for one program
         forbid_late=options.forbid_compile,
         placement=placement,
         compiled=compiled,

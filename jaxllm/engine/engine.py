@@ -383,8 +383,7 @@ class Engine:
         keys and values are computed with those of the token that follows. Not where something is
         wanted of the logits, or kept of sampled tokens on the device."""
         sequence = state.sequence
-        params = sequence.params
-        if params.logprobs is not None or params.ranks_answers or uses_table(sequence):
+        if state.is_scored or uses_table(sequence):
             return None
         for token_id in constraint.forced():
             sequence.expect(1)

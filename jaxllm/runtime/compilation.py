@@ -211,7 +211,8 @@ class Compiler:
     """Compiles programs on background threads and hands them out by name. A held program waits
     until it is asked for or all are released.
 
-    compiled: where programs come from instead; then none is compiled.
+    num_threads: None for half the cores. compiled: where programs come from instead; then none is
+    compiled.
     forbid_late: once `wait()` has returned, a compilation inside `guard()` raises LateCompileError.
     """
 
@@ -219,7 +220,7 @@ class Compiler:
         self,
         program_cache: ProgramCache | None,
         *,
-        num_threads: int,
+        num_threads: int | None = None,
         forbid_late: bool = False,
         placement: Placement | None = None,
         compiled: ProgramSource | None = None,
@@ -227,7 +228,8 @@ class Compiler:
         self._compiled = compiled
         self._program_cache = program_cache
         self._placement = placement or Placement.on(jax.devices()[:1])
-        self._workers = _Workers(num_threads)
+        # LLVM uses several cores for one program
+        self._workers = _Workers(num_threads or max(1, (os.cpu_count() or 1) // 2))
         self._forbid_late = forbid_late
         self._futures: dict[Hashable, Future[jax.stages.Compiled]] = {}
         self._ready: dict[Hashable, jax.stages.Compiled] = {}  # each step asks: a look-up, no locks
