@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 
 from jaxllm.engine.timeline import Timeline
+from jaxllm.runtime import chips
 
 TIMELINE_FILE = "timeline.json"
 
@@ -14,10 +15,16 @@ TIMELINE_FILE = "timeline.json"
 class Profile:
     """Records from its construction until `close`. folder: made if it is missing.
 
-    Raises OSError if the folder cannot be made, RuntimeError if JAX records something already.
+    Raises OSError if the folder cannot be made, RuntimeError if JAX records something already or
+    cannot record in this process.
     """
 
     def __init__(self, folder: Path) -> None:
+        if chips.are_described():
+            raise RuntimeError(
+                "JAX cannot record a profile in a process that has planned or compiled for TPUs "
+                "that are not there; use another process"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         jax.profiler.start_trace(folder)
         self.timeline = Timeline()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+from pathlib import Path
 
 import pytest
 
 from jaxllm.runtime.chips import CHIPS, DESCRIBED, described_devices, find_chip
+from jaxllm.runtime.profile import Profile
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is made for Linux on x86-64 only"
@@ -44,6 +46,13 @@ def test_a_chip_that_is_none(name: str) -> None:
 def test_a_number_of_chips_that_is_not_made(num_chips: int) -> None:
     with pytest.raises(ValueError, match=f"chips must be one of 1, 2, 4, .* got {num_chips}"):
         described_devices(find_chip("v5e"), num_chips)
+
+
+def test_no_profile_beside_described_devices(tmp_path: Path) -> None:
+    """It would end the process."""
+    described_devices(find_chip("v5e"), 1)
+    with pytest.raises(RuntimeError, match=r"cannot record a profile.*use another process"):
+        Profile(tmp_path)
 
 
 def test_without_libtpu_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
