@@ -14,25 +14,46 @@ import jax
 
 logger = logging.getLogger(__name__)
 
+# Sets of instructions that the kernels are compiled for, the best first.
+VARIANTS = ("amx", "avx512bf16", "avx512", "avx2", "baseline")
 TARGETS = ("jaxllm_matmul_f32", "jaxllm_matmul_bf16", "jaxllm_attention", "jaxllm_reserve")
 
 
 @cache
 def is_available() -> bool:
     """Whether the kernels were built, and for this version of jaxlib. Registers them."""
-    folder = Path(__file__).parent
-    library = next((p for s in EXTENSION_SUFFIXES if (p := folder / f"kernels{s}").is_file()), None)
-    if library is None:
-        return False
     try:
-        symbols = ctypes.cdll.LoadLibrary(str(library))
+        library = _library()
+        if library is None:
+            return False
         for name in TARGETS:
-            capsule = jax.ffi.pycapsule(getattr(symbols, name))
+            capsule = jax.ffi.pycapsule(getattr(library, name))
             jax.ffi.register_ffi_target(name, capsule, platform="cpu")
     except Exception as error:  # of another jaxlib, of another processor, damaged
         logger.warning("the CPU kernels cannot be used, reinstall the package: %s", error)
         return False
     return True
+
+
+def use_variant(name: str) -> str:
+    """Makes the kernels use another set of instructions than the best, to compare them; returns the
+    one used before. Needs `is_available()`. Raises ValueError for one that the processor lacks."""
+    library = _library()
+    assert library is not None
+    library.jaxllm_variant.restype = ctypes.c_char_p
+    library.jaxllm_use_variant.restype = ctypes.c_bool
+    before = library.jaxllm_variant().decode()
+    if not library.jaxllm_use_variant(name.encode()):
+        raise ValueError(f"the processor has no {name}, or the kernels have no such variant")
+    return before
+
+
+def _library() -> ctypes.CDLL | None:
+    """The built kernels, if there are any. Raises OSError where they cannot be loaded."""
+    folder = Path(__file__).parent
+    paths = (folder / f"kernels{suffix}" for suffix in EXTENSION_SUFFIXES)
+    path = next((path for path in paths if path.is_file()), None)
+    return None if path is None else ctypes.cdll.LoadLibrary(str(path))
 
 
 def call(

@@ -15,6 +15,10 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "xla/ffi/api/ffi.h"
 
@@ -87,6 +91,17 @@ namespace avx512bf16 {
 #include "matmul.h"
 #include "attention.h"
 }  // namespace avx512bf16
+#if __GNUC__ >= 11
+#define JAXLLM_HAS_TILES 1
+#pragma GCC target("amx-tile,amx-bf16")
+#define JAXLLM_TILES 1
+namespace amx {
+#include "simd.h"
+#include "matmul.h"
+#include "attention.h"
+}  // namespace amx
+#undef JAXLLM_TILES
+#endif
 #undef JAXLLM_DOT_BF16
 #pragma GCC pop_options
 #undef JAXLLM_LANES
@@ -105,22 +120,46 @@ namespace baseline {
 #include "attention.h"
 }  // namespace baseline
 
+// Kernels for one instruction set.
+struct Variant {
+  const char* name;
+  bool is_supported;
+  void (*matmul)(const Matmul&, const ParallelFor&);
+  void (*attention)(const Attention&, const ParallelFor&);
+};
+
 #ifdef JAXLLM_HAS_VARIANTS
+bool has_tiles() {
+#if JAXLLM_HAS_TILES && defined(__linux__)  // which gives a process the matrix unit's registers when it asks for them
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 const bool kHasAvx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 const bool kHasAvx512 = kHasAvx2 && __builtin_cpu_supports("avx512f") &&
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                         __builtin_cpu_supports("avx512dq");
 const bool kHasBf16 = kHasAvx512 && __builtin_cpu_supports("avx512bf16");
-#define JAXLLM_BEST(FUNCTION)          \
-  (kHasBf16     ? avx512bf16::FUNCTION \
-   : kHasAvx512 ? avx512::FUNCTION     \
-   : kHasAvx2   ? avx2::FUNCTION       \
-                : baseline::FUNCTION)
-#else
-#define JAXLLM_BEST(FUNCTION) baseline::FUNCTION
 #endif
-const auto matmul = JAXLLM_BEST(matmul);
-const auto attention = JAXLLM_BEST(attention);
+
+// The best first.
+const Variant kVariants[] = {
+#ifdef JAXLLM_HAS_TILES
+    {"amx", kHasBf16 && has_tiles(), amx::matmul, amx::attention},
+#endif
+#ifdef JAXLLM_HAS_VARIANTS
+    {"avx512bf16", kHasBf16, avx512bf16::matmul, avx512bf16::attention},
+    {"avx512", kHasAvx512, avx512::matmul, avx512::attention},
+    {"avx2", kHasAvx2, avx2::matmul, avx2::attention},
+#endif
+    {"baseline", true, baseline::matmul, baseline::attention},
+};
+std::atomic<const Variant*> variant =
+    std::find_if(std::begin(kVariants), std::end(kVariants),
+                 [](const Variant& v) { return v.is_supported; });
 
 // On XLA's threads and the caller's. It never waits for a thread that has not begun: all of them may
 // be blocked in calls like this one.
@@ -174,7 +213,7 @@ ffi::Error MatmulImpl(ffi::ThreadPool threads, ffi::Buffer<ffi::BF16> x,
   m.out = out->untyped_data();
   m.is_float = out_type == ffi::F32;
   m.swiglu = swiglu;
-  if (m.num_rows) matmul(m, parallel_on(threads));
+  if (m.num_rows) variant.load()->matmul(m, parallel_on(threads));
   clear_rows<out_type>(out, m.num_rows, m.num_columns * (m.is_float ? 4 : 2));
   return ffi::Error::Success();
 }
@@ -231,7 +270,7 @@ ffi::Error AttentionImpl(ffi::ThreadPool threads, ffi::Buffer<ffi::BF16> q,
   a.soft_cap = soft_cap;
   write_new_tokens(a, reinterpret_cast<const uint16_t*>(k.untyped_data()),
                    reinterpret_cast<const uint16_t*>(v.untyped_data()));
-  attention(a, parallel_on(threads));
+  variant.load()->attention(a, parallel_on(threads));
   clear_rows<ffi::BF16>(out, a.query_start[a.num_seqs], a.num_heads * a.head_dim * 2);
   return ffi::Error::Success();
 }
@@ -240,6 +279,19 @@ ffi::Error AttentionImpl(ffi::ThreadPool threads, ffi::Buffer<ffi::BF16> q,
 ffi::Error ReserveImpl(ffi::Result<ffi::Buffer<ffi::U16>>) { return ffi::Error::Success(); }
 
 }  // namespace jaxllm
+
+// The name of the variant in use.
+extern "C" const char* jaxllm_variant() { return jaxllm::variant.load()->name; }
+
+// Takes another one. Returns whether there is one of that name that the processor can run.
+extern "C" bool jaxllm_use_variant(const char* name) {
+  for (const jaxllm::Variant& v : jaxllm::kVariants) {
+    if (!v.is_supported || std::strcmp(v.name, name)) continue;
+    jaxllm::variant = &v;
+    return true;
+  }
+  return false;
+}
 
 #define JAXLLM_MATMUL(NAME, TYPE)                                                           \
   XLA_FFI_DEFINE_HANDLER_SYMBOL(NAME, jaxllm::MatmulImpl<TYPE>,                             \

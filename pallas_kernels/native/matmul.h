@@ -32,13 +32,13 @@ INLINE void panel_product(const Element* x, const uint32_t* panel, int64_t num_p
   }
 }
 
-template <int R, typename Out>
-void tile_product(const Matmul& m, const Element* x, int64_t row, int64_t panel) {
-  float sums[R][kPanel];
-  panel_product<R>(x, m.kernel + panel * m.num_pairs * kPanel, m.num_pairs, sums);
+// Writes what num_rows rows from a certain one on have of one panel.
+template <typename Out>
+INLINE void write_sums(const Matmul& m, const float (*sums)[kPanel], int64_t num_rows, int64_t row,
+                       int64_t panel) {
   const int64_t first = panel * (m.swiglu ? kGates : kPanel), left = m.num_columns - first;
   Out* out = static_cast<Out*>(m.out) + row * m.num_columns + first;
-  for (int r = 0; r < R; ++r, out += m.num_columns) {
+  for (int64_t r = 0; r < num_rows; ++r, out += m.num_columns) {
     for (int column = 0; column < (m.swiglu ? kGates : kPanel); column += kLanes) {
       F value = load(sums[r] + column);
       if (m.swiglu) value = value / (1.0f + exp(-value)) * load(sums[r] + kGates + column);
@@ -47,14 +47,49 @@ void tile_product(const Matmul& m, const Element* x, int64_t row, int64_t panel)
   }
 }
 
+#ifdef JAXLLM_TILES
+#include "tiles.h"
+
+// As block_product, if the rows are many and fill the tiles' width. Returns whether.
+template <typename Out>
+bool tiled_block_product(const Matmul& m, const Element* x, int64_t first, int64_t last,
+                         int64_t first_panel, int64_t last_panel) {
+  if (last - first < kFewestTiledRows || m.num_pairs % kTile) return false;
+  float sums[kTiledRows][kPanel];
+  for (int64_t row = first; row < last; row += kTiledRows) {
+    const int64_t num_rows = std::min(last - row, kTiledRows);
+    configure_tiles(num_rows);
+    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+      const Element* rows = x + row * m.num_pairs;
+      const uint32_t* kernel = m.kernel + panel * m.num_pairs * kPanel;
+      if (num_rows > kTile) {
+        tiled_product<true>(rows, kernel, m.num_pairs, sums);
+      } else {
+        tiled_product<false>(rows, kernel, m.num_pairs, sums);
+      }
+      write_sums<Out>(m, sums, num_rows, row, panel);
+    }
+  }
+  _tile_release();
+  return true;
+}
+#endif
+
 // Rows [first, last) of x as elements [num_rows, width] by panels [first_panel, last_panel).
 template <typename Out>
 void block_product(const Matmul& m, const Element* x, int64_t first, int64_t last,
                    int64_t first_panel, int64_t last_panel) {
+#ifdef JAXLLM_TILES
+  if (tiled_block_product<Out>(m, x, first, last, first_panel, last_panel)) return;
+#endif
   for (int64_t panel = first_panel; panel < last_panel; ++panel)
     for (int64_t row = first; row < last; row += kTileRows)
       with_rows<kTileRows>(last - row, [&](auto rows) {
-        tile_product<decltype(rows)::value, Out>(m, x + row * m.num_pairs * kPerPair, row, panel);
+        constexpr int R = decltype(rows)::value;
+        float sums[R][kPanel];
+        panel_product<R>(x + row * m.num_pairs * kPerPair, m.kernel + panel * m.num_pairs * kPanel,
+                         m.num_pairs, sums);
+        write_sums<Out>(m, sums, R, row, panel);
       });
 }
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cpu_variants import each_variant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -54,11 +55,11 @@ def test_indices_outside_read_the_nearest_column() -> None:
 
 
 @pytest.mark.parametrize("implementation", AVAILABLE)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     num_tokens=st.integers(1, 130),
     missing=st.integers(0, 140),
-    num_pairs=st.integers(1, 40),
+    num_pairs=st.integers(1, 40) | st.sampled_from([16, 32, 64]),  # whole tiles
     num_columns=st.integers(1, 100),
     gated=st.booleans(),
     dtype=st.sampled_from(["float32", "bfloat16"]),
@@ -76,18 +77,22 @@ def test_equals_the_formula(
     kernels = bfloat16(rng, *shape)
     packed = np.stack([(pack_gated if gated else pack)(kernel) for kernel in kernels])
     x[num_rows:] = np.nan  # padding must not be looked at
-    out = jax.jit(
+    call = jax.jit(
         lambda x, packed, layer, num_rows: packed_matmul(
             x, packed, layer, num_rows, num_columns=num_columns, gated=gated, dtype=dtype,
             implementation=implementation,
         )
-    )(x, packed, layer, num_rows)  # fmt: skip
+    )  # fmt: skip
     product = np.einsum("tk,k...->t...", wide(x[:num_rows]), wide(kernels[layer]))
     if gated:
         product = product[:, 0] / (1 + np.exp(-product[:, 0])) * product[:, 1]
     tolerance = 1e-4 if dtype == "float32" else 1e-2
-    np.testing.assert_allclose(wide(out[:num_rows]), product, rtol=tolerance, atol=tolerance)
-    assert not wide(out[num_rows:]).any()
+    for variant in each_variant() if implementation == "cpu" else [""]:
+        out = wide(call(x, packed, layer, num_rows))
+        np.testing.assert_allclose(
+            out[:num_rows], product, rtol=tolerance, atol=tolerance, err_msg=variant
+        )
+        assert not out[num_rows:].any()
 
 
 @pytest.mark.parametrize("implementation", AVAILABLE)
@@ -128,6 +133,11 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> N
     positional = [arguments.pop(name) for name in ("x", "kernels", "layer", "num_rows")]
     with pytest.raises(ValueError, match=message):
         packed_matmul(*positional, **arguments)
+
+
+def test_a_variant_that_is_none() -> None:
+    with pytest.raises(ValueError, match="the processor has no avx9"):
+        native.use_variant("avx9")
 
 
 def test_an_odd_number_of_rows_cannot_be_packed() -> None:

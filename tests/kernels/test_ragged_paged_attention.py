@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cpu_variants import each_variant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -230,6 +231,15 @@ def add_sinks_and_scales(case: Case, sinks: bool, scales: str) -> None:
 needs_native = pytest.mark.skipif(not native.is_available(), reason="the kernels were not built")
 
 
+def assert_every_variant_equals_the_oracle(case: Case) -> None:
+    expected_out, expected_pool = case.run("reference")
+    for name in each_variant():
+        out, pool = case.run("cpu")
+        np.testing.assert_array_equal(pool, expected_pool, name)
+        # rtol: bfloat16's last place
+        np.testing.assert_allclose(out, expected_out, atol=1e-6, rtol=1e-2, err_msg=name)
+
+
 @needs_native
 @settings(max_examples=40, deadline=None)
 @given(
@@ -248,9 +258,7 @@ def test_cpu_kernel_equals_the_oracle(
     case.options = {"window": window, "soft_cap": soft_cap}
     add_sinks_and_scales(case, sinks, scales)
     case.build()
-    (out, pool), (expected_out, expected_pool) = case.run("cpu"), case.run("reference")
-    np.testing.assert_array_equal(pool, expected_pool)
-    np.testing.assert_allclose(out, expected_out, atol=1e-6, rtol=1e-2)  # bfloat16's last place
+    assert_every_variant_equals_the_oracle(case)
 
 
 @needs_native
@@ -258,9 +266,7 @@ def test_cpu_kernel_over_many_chunks_and_tiles() -> None:
     case = Case([(1, 700), (300, 300), (130, 517)], 9, 3, head_dim=64, block_size=16)
     case.pool_dtype, case.dtype = "uint16", "bfloat16"
     case.build()
-    (out, pool), (expected_out, expected_pool) = case.run("cpu"), case.run("reference")
-    np.testing.assert_array_equal(pool, expected_pool)
-    np.testing.assert_allclose(out, expected_out, atol=1e-6, rtol=1e-2)
+    assert_every_variant_equals_the_oracle(case)
 
 
 @needs_native
