@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from pathlib import Path
 
 import jax
 from jax.experimental import topologies
@@ -89,23 +89,20 @@ def described_devices(chip: Chip, num_chips: int) -> list[jax.Device]:
             f"compiling for {chip.name} needs libtpu, which runs without a TPU too: "
             f"pip install 'jaxllm[tpu]'"
         )
-    devices = list(_devices(topology))
+    with _environment(DESCRIBED):
+        description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    devices = list(description.devices)
     assert len(devices) == num_chips * chip.devices_per_chip
     assert math.prod(map(int, chip.topologies[num_chips].split("x"))) == num_chips
     return devices
 
 
-def are_described() -> bool:
-    """Whether this process has described devices. JAX's profiler would then ask libtpu, which ends
-    the process where there is no chip."""
-    return _devices.cache_info().currsize > 0
-
-
-@cache
-def _devices(topology: str) -> tuple[jax.Device, ...]:
-    with _environment(DESCRIBED):
-        description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    return tuple(description.devices)
+def is_libtpu_alone() -> bool:
+    """Whether libtpu is loaded in this process, to describe devices or as JAX looked for a TPU,
+    and there is none. JAX's profiler would ask it all the same, and it would end the process."""
+    maps = Path("/proc/self/maps")  # on Linux, the only system that libtpu is made for
+    loaded = maps.exists() and "libtpu.so" in maps.read_text()
+    return loaded and jax.default_backend() != "tpu"
 
 
 @contextmanager

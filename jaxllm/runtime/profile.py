@@ -20,10 +20,10 @@ class Profile:
     """
 
     def __init__(self, folder: Path) -> None:
-        if chips.are_described():
+        if chips.is_libtpu_alone():
             raise RuntimeError(
-                "JAX cannot record a profile in a process that has planned or compiled for TPUs "
-                "that are not there; use another process"
+                "JAX cannot record a profile in a process that has loaded libtpu without a TPU; "
+                "use one that does not plan or compile for TPUs, with JAX_PLATFORMS=cpu (or cuda)"
             )
         folder.mkdir(parents=True, exist_ok=True)
         jax.profiler.start_trace(folder)

@@ -6,6 +6,15 @@ constexpr int kGates = kPanel / 2;     // of a gated panel, then as many values 
 constexpr int kTileRows = kSums / 2;   // rows whose sums, of two vectors, are in registers
 constexpr int64_t kBlockRows = 96;     // rows that a panel meets before the next one is read
 
+// A product of few rows waits for its kernel, so it fetches so many words ahead: processors fetch along
+// by themselves, but not that far.
+constexpr int kFewRows = 4, kFetchAhead = 512;
+
+template <int V>
+INLINE void fetch(const uint32_t* words) {
+  for (int word = 0; word < V * kLanes; word += 16) __builtin_prefetch(words + word);
+}
+
 // sums[r] = row r of x [R, num_pairs] times one panel [num_pairs, kPanel].
 template <int R>
 INLINE void panel_product(const Element* x, const uint32_t* panel, int64_t num_pairs,
@@ -16,6 +25,7 @@ INLINE void panel_product(const Element* x, const uint32_t* panel, int64_t num_p
     F s[R][V] = {};
     for (int64_t i = 0; i < num_pairs; ++i) {
       const uint32_t* pairs = panel + i * kPanel + column;
+      if (R <= kFewRows) fetch<V>(pairs + kFetchAhead);
 #pragma GCC unroll 2
       for (int e = 0; e < kPerPair; ++e) {
 #pragma GCC unroll 12
@@ -63,9 +73,9 @@ bool tiled_block_product(const Matmul& m, const Element* x, int64_t first, int64
       const Element* rows = x + row * m.num_pairs;
       const uint32_t* kernel = m.kernel + panel * m.num_pairs * kPanel;
       if (num_rows > kTile) {
-        tiled_product<true>(rows, kernel, m.num_pairs, sums);
+        tiled_product<true>(rows, kernel, m.num_pairs, row == first, sums);
       } else {
-        tiled_product<false>(rows, kernel, m.num_pairs, sums);
+        tiled_product<false>(rows, kernel, m.num_pairs, row == first, sums);
       }
       write_sums<Out>(m, sums, num_rows, row, panel);
     }

@@ -25,9 +25,10 @@ INLINE void configure_tiles(int64_t num_rows) {
 }
 
 // sums[r] = row r of x [num_rows, num_pairs] times one panel [num_pairs, kPanel]; num_rows as configured.
+// is_first: whether the panel comes from memory and is to be fetched ahead.
 template <bool has_second>
 INLINE void tiled_product(const Element* x, const uint32_t* panel, int64_t num_pairs,
-                          float (*sums)[kPanel]) {
+                          bool is_first, float (*sums)[kPanel]) {
   const int64_t x_stride = num_pairs * 4, panel_stride = kPanel * 4;
   _tile_zero(0);
   _tile_zero(1);
@@ -36,6 +37,7 @@ INLINE void tiled_product(const Element* x, const uint32_t* panel, int64_t num_p
     _tile_zero(3);
   }
   for (int64_t i = 0; i < num_pairs; i += kTile) {
+    if (is_first) fetch<kTile * kPanel / kLanes>(panel + i * kPanel + kFetchAhead);
     _tile_loadd(6, panel + i * kPanel, panel_stride);
     _tile_loadd(4, x + i, x_stride);
     _tile_dpbf16ps(0, 4, 6);
