@@ -29,6 +29,7 @@ FLOORS = {
     "jaxllm.runtime.sampler": 1,
     "jaxllm.runtime.ranking": 1,
     "jaxllm.runtime.sharding": 1,
+    "jaxllm.runtime.huge_pages": 1,
     "jaxllm.models": 2,
     "jaxllm.quantization": 2,
     "jaxllm.loading": 2,

@@ -27,6 +27,7 @@ from jaxllm.models.decoder import Model, Parameters
 from jaxllm.runtime import kv_cache, memory
 from jaxllm.runtime.buckets import fitting
 from jaxllm.runtime.compilation import Compiler
+from jaxllm.runtime.huge_pages import use_huge_pages
 from jaxllm.runtime.memory import MemoryPlan, StepMemory
 from jaxllm.runtime.programs import (
     ALLOCATE,
@@ -144,6 +145,8 @@ class ModelRunner:
         self._state = None  # freed before its successor is allocated
         self._packer.reset()
         self._state = self._compiler.get(ALLOCATE)()
+        if self.placement.platform == "cpu" and self.placement.mesh is None:
+            use_huge_pages(self._state.kv_pool, filled=False)
 
     def close(self) -> None:
         """Ends compilation and drops parameters and state."""

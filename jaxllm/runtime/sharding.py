@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.config import ModelConfig
 from jaxllm.runtime import kv_cache
+from jaxllm.runtime.huge_pages import use_huge_pages
 
 AXIS = "tensor"
 # name of a parameter -> its axis that is divided, counted from the last: heads, F or V. Stacked
@@ -106,7 +107,10 @@ class Placement:
     def put(self, array: np.ndarray, name: str) -> jax.Array:
         """A parameter on the devices. name: the last key of its path."""
         if self.mesh is None:
-            return jax.device_put(array, self.devices[0])
+            parameter = jax.device_put(array, self.devices[0])
+            if self.platform == "cpu":
+                use_huge_pages(parameter, filled=True)
+            return parameter
         return jax.device_put(array, self._of_parameter(name, array.shape))
 
     def _of_parameter(self, name: str, shape: tuple[int, ...]) -> NamedSharding | None:

@@ -130,7 +130,7 @@ struct Variant {
 
 #ifdef JAXLLM_HAS_VARIANTS
 bool has_tiles() {
-#if JAXLLM_HAS_TILES && defined(__linux__)  // which gives a process the matrix unit's registers when it asks for them
+#if JAXLLM_HAS_TILES && defined(__linux__)  // which gives tiles only to a process that asks
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
   return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
          syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;

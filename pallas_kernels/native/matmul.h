@@ -4,7 +4,7 @@
 constexpr int kPanel = 32;             // columns of a panel
 constexpr int kGates = kPanel / 2;     // of a gated panel, then as many values that they let through
 constexpr int kTileRows = kSums / 2;   // rows whose sums, of two vectors, are in registers
-constexpr int64_t kBlockRows = 96;     // rows that a panel meets before the next one is read
+constexpr int64_t kBlockRows = 96;     // rows that a panel meets before the next one is read, at least
 
 // A product of few rows waits for its kernel, so it fetches so many words ahead: processors fetch along
 // by themselves, but not that far.
@@ -59,30 +59,6 @@ INLINE void write_sums(const Matmul& m, const float (*sums)[kPanel], int64_t num
 
 #ifdef JAXLLM_TILES
 #include "tiles.h"
-
-// As block_product, if the rows are many and fill the tiles' width. Returns whether.
-template <typename Out>
-bool tiled_block_product(const Matmul& m, const Element* x, int64_t first, int64_t last,
-                         int64_t first_panel, int64_t last_panel) {
-  if (last - first < kFewestTiledRows || m.num_pairs % kTile) return false;
-  float sums[kTiledRows][kPanel];
-  for (int64_t row = first; row < last; row += kTiledRows) {
-    const int64_t num_rows = std::min(last - row, kTiledRows);
-    configure_tiles(num_rows);
-    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-      const Element* rows = x + row * m.num_pairs;
-      const uint32_t* kernel = m.kernel + panel * m.num_pairs * kPanel;
-      if (num_rows > kTile) {
-        tiled_product<true>(rows, kernel, m.num_pairs, row == first, sums);
-      } else {
-        tiled_product<false>(rows, kernel, m.num_pairs, row == first, sums);
-      }
-      write_sums<Out>(m, sums, num_rows, row, panel);
-    }
-  }
-  _tile_release();
-  return true;
-}
 #endif
 
 // Rows [first, last) of x as elements [num_rows, width] by panels [first_panel, last_panel).
@@ -121,16 +97,21 @@ const Element* rows_as_elements(const Matmul& m, const ParallelFor& parallel_for
 }
 
 void matmul(const Matmul& m, const ParallelFor& parallel_for) {
-  const int64_t num_blocks = (m.num_rows + kBlockRows - 1) / kBlockRows;
+#ifdef JAXLLM_TILES
+  const int64_t block_rows = std::max(kTiledBlockBytes / (m.num_pairs * 4) / 32 * 32, kBlockRows);
+#else
+  const int64_t block_rows = kBlockRows;
+#endif
+  const int64_t num_blocks = (m.num_rows + block_rows - 1) / block_rows;
   // Enough tasks that threads of unequal speed end together, few enough that each has some work.
-  const int64_t work = std::min(m.num_rows, kBlockRows) * m.num_pairs;  // of a panel
+  const int64_t work = std::min(m.num_rows, block_rows) * m.num_pairs;  // of a panel
   const int64_t most = std::max<int64_t>(1, 1024 / std::max<int64_t>(m.num_pairs, 1));  // 128 KB
   const int64_t at_once = std::clamp<int64_t>((1 << 16) / std::max<int64_t>(work, 1), 1, most);
   const int64_t num_groups = (m.num_panels + at_once - 1) / at_once;
   const Element* x = rows_as_elements(m, parallel_for);
   parallel_for(num_blocks * num_groups, [&](int64_t task) {
-    const int64_t first = task / num_groups * kBlockRows, group = task % num_groups * at_once;
-    const int64_t last = std::min(first + kBlockRows, m.num_rows);
+    const int64_t first = task / num_groups * block_rows, group = task % num_groups * at_once;
+    const int64_t last = std::min(first + block_rows, m.num_rows);
     const int64_t last_panel = std::min(group + at_once, m.num_panels);
     if (m.is_float) {
       block_product<float>(m, x, first, last, group, last_panel);
