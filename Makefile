@@ -25,7 +25,8 @@ types: $(VENV)/.installed-test
 	$(BIN)/mypy
 
 unit: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q --durations=15
+	$(BIN)/python -m pytest -q --durations=15 -n 2 --dist loadfile -m "not alone"
+	$(BIN)/python -m pytest -q --durations=5 -m alone
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix $(CODE)

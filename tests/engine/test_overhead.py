@@ -26,6 +26,8 @@ from jaxllm.engine.engine import Engine, Request
 from jaxllm.sampling_params import RequestOutputKind, SamplingParams
 
 NUM_SEQS = 256
+pytestmark = pytest.mark.alone
+
 STEP_SECONDS = 2e-3
 NUM_TRIES = 5
 

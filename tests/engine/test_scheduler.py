@@ -346,6 +346,7 @@ def seconds_a_step(num_blocks, num_waiting):
     return sorted(times)[30]
 
 
+@pytest.mark.alone
 def test_a_step_costs_the_same_with_many_blocks_and_many_waiting():
     small, large = seconds_a_step(700, 0), seconds_a_step(100_000, 10_000)
     assert small < 2e-3

@@ -18,6 +18,7 @@ from jaxllm.async_engine import AsyncEngine
 from jaxllm.server import replies
 from jaxllm.server.openapi import OPERATIONS
 
+pytestmark = pytest.mark.alone  # it bounds times and memory
 MIB = 2**20
 CHAT = "/v1/chat/completions"
 

@@ -297,6 +297,7 @@ def test_a_model_that_cannot_be_loaded_is_told_without_details() -> None:
     assert "secret" not in body["reason"]
 
 
+@pytest.mark.alone
 def test_asking_costs_the_engine_less_than_a_millisecond(own: RunningServer) -> None:
     for _ in range(3):
         complete(own.base_url, max_tokens=200)  # so that the medians have something to sort

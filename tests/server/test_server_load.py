@@ -25,6 +25,7 @@ def load_test(base_url: str, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.alone
 @pytest.mark.long
 def test_two_hundred_clients(server: RunningServer, tmp_path: Path) -> None:
     warm_up = load_test(server.base_url, "--clients", "20", "--seconds", "1")

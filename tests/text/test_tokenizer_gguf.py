@@ -230,6 +230,7 @@ def test_smollm2_known_ids(smollm2: Tokenizer) -> None:
     assert pieces[:8] == ["<|im_start|>", "In", " ", "2", "0", "2", "4", ","]
 
 
+@pytest.mark.alone
 def test_smollm2_loads_quickly(smollm2_metadata: Mapping[str, Any]) -> None:
     metadata = dict(smollm2_metadata)
     times = []
