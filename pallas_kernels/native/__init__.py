@@ -22,38 +22,43 @@ TARGETS = ("jaxllm_matmul_f32", "jaxllm_matmul_bf16", "jaxllm_attention", "jaxll
 @cache
 def is_available() -> bool:
     """Whether the kernels were built, and for this version of jaxlib. Registers them."""
+    if _path() is None:
+        return False
     try:
-        library = _library()
-        if library is None:
-            return False
         for name in TARGETS:
-            capsule = jax.ffi.pycapsule(getattr(library, name))
+            capsule = jax.ffi.pycapsule(getattr(_library(), name))
             jax.ffi.register_ffi_target(name, capsule, platform="cpu")
+        logger.info("the CPU kernels use %s instructions", variant())
     except Exception as error:  # of another jaxlib, of another processor, damaged
         logger.warning("the CPU kernels cannot be used, reinstall the package: %s", error)
         return False
     return True
 
 
-def use_variant(name: str) -> str:
-    """Makes the kernels use another set of instructions than the best, to compare them; returns the
-    one used before. Needs `is_available()`. Raises ValueError for one that the processor lacks."""
-    library = _library()
-    assert library is not None
-    library.jaxllm_variant.restype = ctypes.c_char_p
-    library.jaxllm_use_variant.restype = ctypes.c_bool
-    before = library.jaxllm_variant().decode()
-    if not library.jaxllm_use_variant(name.encode()):
+def variant() -> str:
+    """The name of the instruction set in use. Needs `is_available()`."""
+    function = _library().jaxllm_variant
+    function.restype = ctypes.c_char_p
+    return str(function().decode())
+
+
+def use_variant(name: str) -> None:
+    """Makes the kernels use another one than the best, to compare them. Needs `is_available()`.
+    Raises ValueError for one that the processor lacks."""
+    function = _library().jaxllm_use_variant
+    function.restype = ctypes.c_bool
+    if not function(name.encode()):
         raise ValueError(f"the processor has no {name}, or the kernels have no such variant")
-    return before
 
 
-def _library() -> ctypes.CDLL | None:
-    """The built kernels, if there are any. Raises OSError where they cannot be loaded."""
+def _path() -> Path | None:
     folder = Path(__file__).parent
     paths = (folder / f"kernels{suffix}" for suffix in EXTENSION_SUFFIXES)
-    path = next((path for path in paths if path.is_file()), None)
-    return None if path is None else ctypes.cdll.LoadLibrary(str(path))
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _library() -> ctypes.CDLL:
+    return ctypes.cdll.LoadLibrary(str(_path()))
 
 
 def call(

@@ -10,13 +10,11 @@ from pallas_kernels import native
 
 def each_variant() -> Iterator[str]:
     """The names of all that run here, each in use while it is the current one."""
-    best = None
+    best = native.variant()
     try:
         for name in native.VARIANTS:
             with suppress(ValueError):
-                before = native.use_variant(name)
-                best = best or before
+                native.use_variant(name)
                 yield name
     finally:
-        if best:
-            native.use_variant(best)
+        native.use_variant(best)
