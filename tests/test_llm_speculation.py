@@ -12,7 +12,7 @@ import pytest
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.engine.sequence import Sequence
-from jaxllm.engine.speculation import Speculator
+from jaxllm.engine.speculation import Proposer, Speculator
 from jaxllm.outputs import RequestOutput
 from jaxllm.structured_outputs import StructuredOutputsParams
 
@@ -50,7 +50,7 @@ MODES: list[dict[str, Any]] = [
 ]
 
 
-class OftenRight:
+class OftenRight(Proposer):
     """Guesses what a request is known to answer, with mistakes."""
 
     def __init__(self, expected: dict[tuple[tuple[int, ...], int], list[int]]) -> None:

@@ -170,7 +170,7 @@ class Engine:
             if not speculator.wants_results(scheduler.running, scheduler.num_spare_rows):
                 return NO_DRAFTS
             self._take_result(self._under_way.popleft())
-        return speculator.drafts(scheduler.running, scheduler.num_spare_rows)
+        return speculator.drafts(scheduler.running, scheduler.num_spare_rows, scheduler.make_room)
 
     def _dispatch(self, batch: Batch) -> None:
         now = time.monotonic()
@@ -239,6 +239,8 @@ class Engine:
         self._emit([r for r in self._requests.values() if not r.num_unfinished])
         self.scheduler.restart(state.sequence for state in self._states.values())
         self.runner.reset()
+        if self.speculator is not None:
+            self.speculator.reset()
 
     def _postprocess(self, step: StepUnderWay, result: StepResult) -> None:
         """Takes the step's tokens, ends what has to end, and makes the outputs. Rows of sequences
