@@ -156,9 +156,6 @@ def test_an_answer_that_repeats_itself_takes_fewer_steps(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"speculative": "medusa"}, "speculative must be one of ngram, or None, got 'medusa'"),
-        ({"speculative": 3}, "speculative must be one of ngram"),
-        ({"speculative": "draft:small"}, "from a smaller model are not supported yet; use 'ngram'"),
         ({"num_speculative_tokens": 3}, "has no effect without speculation; set speculative="),
         ({"speculative": "ngram", "num_speculative_tokens": 0}, "must be a positive integer"),
         ({"speculative": "ngram", "num_speculative_tokens": True}, "must be a positive integer"),
