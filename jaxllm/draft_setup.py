@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxllm.checkpoint import Checkpoint
-from jaxllm.config import EngineConfig, ModelConfig, ModelError
+from jaxllm.config import ModelConfig, ModelError
 from jaxllm.engine.draft_model import DraftModel
 from jaxllm.engine_options import EngineOptions
-from jaxllm.engine_setup import build_model, draft_config
+from jaxllm.engine_setup import build_model
 from jaxllm.models.decoder import Model
-from jaxllm.runtime.compilation import Compiler
 from jaxllm.runtime.model_runner import ModelRunner
 from jaxllm.runtime.sharding import Placement
-from jaxllm.runtime.step import StepOptions
 from jaxllm.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -77,27 +75,8 @@ class Draft:
                 f"model's is {other.get(first)!r}"
             )
 
-    def runner(
-        self,
-        config: EngineConfig,
-        compiler: Compiler,
-        placement: Placement,
-        steps: StepOptions,
-        *,
-        on_demand: bool,
-    ) -> ModelRunner:
-        """Of its own programs and pool. config: the engine's, whose blocks the pool has too."""
-        return ModelRunner(
-            self.model,
-            draft_config(config),
-            compiler,
-            placement=placement,
-            options=steps,
-            on_demand=on_demand,
-        )
-
     def proposer(self, runner: ModelRunner, target: ModelRunner) -> DraftModel:
-        """What asks it. target: the runner of the model that it makes drafts for."""
+        """What asks it. target: runs the model that it makes drafts for."""
         cost = draft_cost(runner, target)
         logger.info("draft model %s: a draft costs %.2f steps", self.name, cost)
         return DraftModel(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from jaxllm.engine.speculation import PromptLookup, Proposer, Speculator
 from jaxllm.engine_options import EngineOptions
 from jaxllm.engine_setup import (
     build_model,
+    draft_config,
     smallest_config,
     step_options,
     with_pool,
@@ -113,56 +115,46 @@ def start_engine(model_name: str, options: EngineOptions) -> RunningEngine:
 
     steps = step_options(options, placement)
     program_cache = ProgramCache.open(cache_dir / "programs") if options.program_cache else None
-    on_demand = options.compilation == "on_demand"
-
-    def new_compiler() -> Compiler:
-        return Compiler(
-            program_cache,
-            forbid_late=options.forbid_compile,
-            placement=placement,
-            compiled=compiled,
-        )
-
-    with ExitStack() as closing:
-        compiler = new_compiler()
-        closing.callback(compiler.close)
+    new_compiler = partial(
+        Compiler,
+        program_cache,
+        forbid_late=options.forbid_compile,
+        placement=placement,
+        compiled=compiled,
+    )
+    new_runner = partial(
+        ModelRunner,
+        placement=placement,
+        options=steps,
+        on_demand=options.compilation == "on_demand",
+    )
+    with ExitStack() as stack:
+        compiler = stack.enter_context(closing(new_compiler()))
         if compiled is None:
             draft_model = None if draft is None else draft.model
             config = with_pool(smallest, model, options, placement, compiler, draft=draft_model)
         else:
             config = compiled.config(model, smallest, steps, placement)
-        runner = ModelRunner(
-            model,
-            config,
-            compiler,
-            placement=placement,
-            options=steps,
-            on_demand=on_demand,
-        )
-        runners, draft_runner = [runner], None
+        runner = new_runner(model, config, compiler)
         tokenizer = checkpoint.tokenizer(options.tokenizer)
+        draft_runner = None
         if draft is not None:
             draft.check_tokenizer(tokenizer)
-            draft_compiler = new_compiler()
-            closing.callback(draft_compiler.close)
-            draft_runner = draft.runner(
-                config, draft_compiler, placement, steps, on_demand=on_demand
-            )
+            draft_compiler = stack.enter_context(closing(new_compiler()))
+            draft_runner = new_runner(draft.model, draft_config(config), draft_compiler)
             draft_runner.set_parameters(draft.checkpoint.load(draft.model, placement))
-            runners.append(draft_runner)
         runner.set_parameters(checkpoint.load(model, placement))
         loaded = time.monotonic()
         if options.compilation == "ahead" or options.forbid_compile:
-            for each in runners:
-                each.wait_until_compiled()
+            runner.wait_until_compiled()
+            if draft_runner is not None:
+                draft_runner.wait_until_compiled()
         profile = None if options.profile_dir is None else Profile(Path(options.profile_dir))
         timeline = runner.timeline = None if profile is None else profile.timeline
-        closing.pop_all()  # from here on RunningEngine.close() does it
-    proposer: Proposer | None = None
-    if draft is not None and draft_runner is not None:
-        proposer = draft.proposer(draft_runner, runner)
-    elif options.speculative is not None:
-        proposer = PromptLookup()
+        proposer = None
+        if draft is not None and draft_runner is not None:
+            proposer = draft.proposer(draft_runner, runner)
+        stack.pop_all()  # from here on RunningEngine.close() does it
     eos_token_ids = _end_tokens(model.config, tokenizer)
     engine = Engine(
         config,
@@ -174,7 +166,7 @@ def start_engine(model_name: str, options: EngineOptions) -> RunningEngine:
         round_budget=TokenRounding(runner.buckets),
         max_steps=runner.max_steps,
         timeline=timeline,
-        speculator=_speculator(proposer, options, runner),
+        speculator=_speculator(options, runner, proposer or PromptLookup()),
     )
     plan = runner.memory_plan(draft_runner)
     logger.info("%s on %s: memory %s", model_name, placement, plan)
@@ -193,9 +185,9 @@ def start_engine(model_name: str, options: EngineOptions) -> RunningEngine:
 
 
 def _speculator(
-    proposer: Proposer | None, options: EngineOptions, runner: ModelRunner
+    options: EngineOptions, runner: ModelRunner, proposer: Proposer
 ) -> Speculator | None:
-    if proposer is None:
+    if options.speculative is None:
         return None
     row_cost = ROW_COSTS.get(runner.placement.platform, OTHER_ROW_COST)
     return Speculator(proposer, options.max_drafts, row_cost, runner.max_rows)

@@ -38,45 +38,44 @@ def save_model(folder: Path, vocab_size: int) -> Path:
 
 
 @pytest.fixture(scope="module")
+def options(tiny_llm: dict[str, Any]) -> dict[str, Any]:
+    """Those of a small engine that compiles no more than it needs."""
+    return {**tiny_llm, "forbid_compile": False, "compilation": "on_demand"}
+
+
+@pytest.fixture(scope="module")
 def expected(
-    tiny_llama_folder: Path, tiny_llm: dict[str, Any]
+    tiny_llama_folder: Path, options: dict[str, Any]
 ) -> Iterator[Callable[[list[list[int]], SamplingParams], list[Any]]]:
-    with LLM(str(tiny_llama_folder), **tiny_llm) as llm:
+    with LLM(str(tiny_llama_folder), **options) as llm:
         yield lambda prompts, params: contents(llm.generate(prompts, params, use_tqdm=False))
 
 
-def cheap_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(draft_setup, "draft_cost", lambda *_: CHEAP)
-
-
-@pytest.fixture(
-    scope="module",
-    params=[
-        {"overlap": False},
-        {"overlap": True, "max_steps_per_dispatch": 4, "num_speculative_tokens": 3},
-    ],
-    ids=str,
-)
-def same_model(
-    request: pytest.FixtureRequest, tiny_llama_folder: Path, tiny_llm: dict[str, Any]
-) -> Iterator[LLM]:
-    """The model makes its own drafts, so all are right."""
-    folder = str(tiny_llama_folder)
+def drafting(model: Path, draft: Path, **options: Any) -> LLM:
+    """An engine whose drafts seem cheap. Its first programs are there when it begins."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        cheap_drafts(monkeypatch)
-        llm = LLM(folder, **tiny_llm, speculative=f"draft:{folder}", **request.param)
-    with llm:
+        monkeypatch.setattr(draft_setup, "draft_cost", lambda *_: CHEAP)
+        llm = LLM(str(model), **options, speculative=f"draft:{draft}")
+    runner = llm._running.draft_runner
+    assert runner is not None
+    for bucket in runner.programs.order[:2]:
+        runner._compiler.get(bucket)
+    return llm
+
+
+@pytest.fixture(scope="module")
+def same_model(tiny_llama_folder: Path, options: dict[str, Any]) -> Iterator[LLM]:
+    """The model makes its own drafts, so all are right."""
+    more = {"num_speculative_tokens": 4, "max_steps_per_dispatch": 4}
+    with drafting(tiny_llama_folder, tiny_llama_folder, **options, **more) as llm:
         yield llm
 
 
 @pytest.fixture(scope="module")
 def other_model(
-    tiny_llama_folder: Path, other_folder: Path, tiny_llm: dict[str, Any]
+    tiny_llama_folder: Path, other_folder: Path, options: dict[str, Any]
 ) -> Iterator[LLM]:
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        cheap_drafts(monkeypatch)
-        llm = LLM(str(tiny_llama_folder), **tiny_llm, speculative=f"draft:{other_folder}")
-    with llm:
+    with drafting(tiny_llama_folder, other_folder, **options, overlap=False) as llm:
         yield llm
 
 
@@ -121,7 +120,7 @@ def test_a_cached_prompt_is_not_trusted_to_be_the_draft_models(
 ) -> None:
     """It was computed without drafts, so the draft model has not seen it; and then it has."""
     prompt = [300 - i for i in range(70)]
-    same_model.generate([prompt], NO_DRAFTS["logprobs"], use_tqdm=False)
+    same_model.generate([prompt], NO_DRAFTS["prompt_logprobs"], use_tqdm=False)
     wanted = expected([prompt], GREEDY)
     for _ in range(2):
         before = stats_of(same_model)
@@ -134,16 +133,13 @@ def test_a_cached_prompt_is_not_trusted_to_be_the_draft_models(
 
 
 def test_answers_survive_preemption(
-    tiny_llama_folder: Path, tiny_llm: dict[str, Any], expected: Any, monkeypatch: Any
+    tiny_llama_folder: Path, options: dict[str, Any], expected: Any
 ) -> None:
-    cheap_drafts(monkeypatch)
     block = 2 * 16 * 2 * 2 * 16 * 4  # layers, tokens, keys and values, heads, head size, float32
-    limits = {"kv_cache_memory_bytes": 2 * 18 * block, "compilation": "on_demand"}
-    options = {**tiny_llm, "forbid_compile": False, **limits}
+    options = {**options, "kv_cache_memory_bytes": 2 * 18 * block}
     params = SamplingParams(temperature=1.0, seed=5, max_tokens=90, ignore_eos=True)
     prompts = [[11 + i] * 20 for i in range(4)]
-    folder = str(tiny_llama_folder)
-    with LLM(folder, **options, speculative=f"draft:{folder}") as llm:
+    with drafting(tiny_llama_folder, tiny_llama_folder, **options) as llm:
         assert llm.engine.config.num_blocks == 18  # of each pool
         assert contents(llm.generate(prompts, params, use_tqdm=False)) == expected(prompts, params)
         assert llm.engine.scheduler.num_preemptions > 0
@@ -152,9 +148,8 @@ def test_answers_survive_preemption(
 
 
 def test_memory_counts_both_models(
-    tiny_llama_folder: Path, other_folder: Path, tiny_llm: dict[str, Any]
+    tiny_llama_folder: Path, other_folder: Path, options: dict[str, Any]
 ) -> None:
-    options = {**tiny_llm, "forbid_compile": False, "compilation": "on_demand"}
     with LLM(str(tiny_llama_folder), **options, speculative=f"draft:{other_folder}") as llm:
         plan, draft = llm._running.memory_plan, llm._running.draft_runner
         assert draft is not None

@@ -33,11 +33,11 @@ CASES: dict[str, SamplingParams] = {
         DRAWN, min_tokens=20, stop_token_ids=list(range(100, 200)), ignore_eos=False
     ),
     "stop strings": dataclasses.replace(DRAWN, stop=["a", "e", "o"]),
+    "logprobs": dataclasses.replace(DRAWN, logprobs=2),
+    "best_of": dataclasses.replace(DRAWN, best_of=2),
 }
 NO_DRAFTS: dict[str, SamplingParams] = {
-    "logprobs": dataclasses.replace(GREEDY, logprobs=2),
     "prompt_logprobs": dataclasses.replace(GREEDY, prompt_logprobs=1),
-    "best_of": dataclasses.replace(DRAWN, best_of=2),
     "structured": dataclasses.replace(
         GREEDY,
         structured_outputs=StructuredOutputsParams(regex="[a-z]{5,9}"),
@@ -94,6 +94,14 @@ def contents(outputs: list[RequestOutput]) -> list[tuple[Any, ...]]:
     ]
 
 
+def scores(outputs: list[RequestOutput]) -> list[float]:
+    """Log-probabilities of all answers, as far as they were asked for."""
+    answers = [answer for output in outputs for answer in output.outputs]
+    entries = [entry for answer in answers for entry in answer.logprobs or ()]
+    sums = [a.cumulative_logprob for a in answers if a.cumulative_logprob is not None]
+    return sums + [entry[token].logprob for entry in entries for token in sorted(entry)]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_answers_are_those_without_speculation(plain: LLM, speculating: LLM, name: str) -> None:
     """The last prompt alone too: by itself a sequence has more drafts than among others."""
@@ -109,6 +117,7 @@ def test_answers_are_those_without_speculation(plain: LLM, speculating: LLM, nam
     speculator = speculating.engine.speculator = Speculator(proposer, most, row_cost=0.001)
     got = answers(speculating, CASES[name])
     assert contents(got) == contents(expected)
+    assert scores(got) == pytest.approx(scores(expected), abs=1e-3)
     alone = speculating.generate([PROMPTS[-1]], CASES[name], use_tqdm=False)
     assert contents(alone) == contents(expected[-1:])
     stats = speculator.stats()

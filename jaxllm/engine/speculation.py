@@ -314,8 +314,7 @@ class Speculator:
 
 def may_speculate(sequence: Sequence) -> bool:
     """Whether a step may yield several tokens for it: not where the host says after each of them
-    what may follow, or wants more of each step than tokens, or where others begin in that step."""
-    params = sequence.params
-    wants_more = params.logprobs is not None or params.prompt_logprobs is not None
-    is_free = sequence.constraint is None and sequence.pooling is None and not sequence.followers
-    return is_free and not (wants_more or params.ranks_answers or sequence.num_candidates)
+    what may follow, or wants something of each query token, or where others begin in that step."""
+    if sequence.num_candidates or sequence.followers or sequence.constraint is not None:
+        return False
+    return sequence.pooling is None and sequence.params.prompt_logprobs is None

@@ -78,7 +78,7 @@ class DeviceStep:
             tokens = tokens[: self.batch.num_steps, :num_seqs]
         logprobs = prompt_logprobs = None
         if any(p.logprobs is not None or p.ranks_answers for p in params):
-            logprobs = _fetch(self.outputs.logprobs, num_seqs)
+            logprobs = _fetch(self.outputs.logprobs, self.batch.num_rows)
         has_prompt_rows = self.outputs.prompt_logprobs.logprobs.shape[0] > 0
         if has_prompt_rows and any(p.prompt_logprobs is not None for p in params):
             prompt_logprobs = _fetch(self.outputs.prompt_logprobs, self.batch.num_tokens)

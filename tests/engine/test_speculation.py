@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_runner import EOS, VOCAB_SIZE, FakeRunner, ids
+from fake_runner import EOS, VOCAB_SIZE, FakeRunner, fake_rank, ids
 
 from jaxllm.config import EngineConfig
 from jaxllm.engine.batch import accepted_tokens
@@ -110,14 +110,9 @@ def test_no_step_waits_for_a_program_because_of_drafts() -> None:
         assert sum(map(len, speculator.drafts(sequences, 100).values())) == expected
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"logprobs": 1}, {"prompt_logprobs": 0}, {"n": 1, "best_of": 2}],
-    ids=str,
-)
-def test_what_wants_more_than_tokens_has_no_drafts(options: dict[str, Any]) -> None:
+def test_what_is_to_be_known_of_each_query_token_excludes_drafts() -> None:
     sequence = decoding(0, REPEATING, (1.0, 1.0))
-    sequence.params = SamplingParams(**options)
+    sequence.params = SamplingParams(prompt_logprobs=0)
     assert num_drafts([sequence], row_cost=0.01) == [0]
 
 
@@ -178,7 +173,7 @@ def run(
 @pytest.mark.parametrize("overlap", [False, True])
 def test_right_drafts_save_steps_and_are_counted(overlap: bool) -> None:
     answer = "abcdefghijklmnopqrstuvw$"
-    output, engine = run(answer, answer + "a" * 20, overlap=overlap)
+    output, engine = run(answer, answer + "a" * 20, overlap=overlap, logprobs=1)
     assert output.outputs[0].token_ids == ids(answer)
     assert engine.meter.num_steps < 12
     stats = engine.stats().speculation
@@ -188,6 +183,9 @@ def test_right_drafts_save_steps_and_are_counted(overlap: bool) -> None:
     assert output.metrics.num_accepted_tokens == stats.num_accepted_tokens >= 12
     assert stats.num_drafts * 3 >= stats.num_draft_tokens
     assert sum(stats.num_accepted_by_position) == stats.num_accepted_tokens
+    assert output.outputs[0].logprobs is not None
+    said = [next(iter(entry.items())) for entry in output.outputs[0].logprobs]
+    assert [(t, p.rank) for t, p in said] == [(t, fake_rank(t)) for t in ids(answer)]
     assert list(stats.num_accepted_by_position) == sorted(stats.num_accepted_by_position)[::-1]
 
 
