@@ -26,6 +26,11 @@ def compile_ahead(
     """Compiles and stores every program; returns how many. device_memory: bytes, where the devices
     are not there to be asked. Raises ValueError for options that do not fit and for a folder that
     has something in it."""
+    if options.draft_model:
+        raise ValueError(
+            "speculative: programs for a draft model cannot be compiled ahead; leave it out, or "
+            "use 'ngram'"
+        )
     model = build_model(config, options, placement)
     smallest = smallest_config(model, options, placement)
     _make(folder)

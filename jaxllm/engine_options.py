@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-SPECULATIVE_METHODS = ("ngram",)
+NGRAM, DRAFT = "ngram", "draft:"  # the latter before a model's name
 DEFAULT_SPECULATIVE_TOKENS = 7  # with the token before them as many rows as products are padded to
 MAX_SPECULATIVE_TOKENS = 31
 
@@ -25,7 +25,8 @@ class EngineOptions:
     max_steps_per_dispatch: most tokens of each sequence that the device decodes at a time, while
         nothing waits; None: 1 on CPU, else 4.
     speculative: "ngram" (guess that what came after the last few tokens before comes again, and
-        verify several such tokens in one step) or None.
+        verify several such tokens in one step), "draft:MODEL" (what a smaller model with the same
+        vocabulary, named like any model, says) or None.
     num_speculative_tokens: most tokens of a sequence that a step verifies; None: 7.
     compilation: "background" (start with the first few buckets; the others follow after the first
         step), "ahead" (start when all are compiled) or "on_demand" (only what is used).
@@ -109,15 +110,15 @@ class EngineOptions:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
     def _check_speculation(self) -> None:
-        if isinstance(self.speculative, str) and self.speculative.startswith("draft:"):
+        if self.speculative not in (NGRAM, None) and not self.draft_model:
             raise ValueError(
-                f"speculative {self.speculative!r}: drafts from a smaller model are not supported "
-                f"yet; use 'ngram'"
+                f"speculative must be 'ngram', 'draft:MODEL' with the name of a smaller model, or "
+                f"None, got {self.speculative!r}"
             )
-        if self.speculative not in SPECULATIVE_METHODS and self.speculative is not None:
+        if self.draft_model and self.compiled is not None:
             raise ValueError(
-                f"speculative must be one of {', '.join(SPECULATIVE_METHODS)}, or None, "
-                f"got {self.speculative!r}"
+                "compiled is for one model, so it cannot be combined with a draft model; leave one "
+                "of them out, or use speculative='ngram'"
             )
         count = self.num_speculative_tokens
         if count is not None and self.speculative is None:
@@ -129,6 +130,14 @@ class EngineOptions:
             raise ValueError(
                 f"num_speculative_tokens must be at most {MAX_SPECULATIVE_TOKENS}, got {count}"
             )
+
+    @property
+    def draft_model(self) -> str | None:
+        """The name of the model that makes drafts, if one does."""
+        method = self.speculative
+        if not isinstance(method, str) or not method.startswith(DRAFT):
+            return None
+        return method.removeprefix(DRAFT).strip() or None
 
     @property
     def max_drafts(self) -> int:

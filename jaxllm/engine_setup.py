@@ -80,6 +80,12 @@ def smallest_config(model: Model, options: EngineOptions, placement: Placement) 
     )
 
 
+def draft_config(config: EngineConfig) -> EngineConfig:
+    """The limits of a draft model's engine. It shares slots and block tables, and a dispatch makes
+    all drafts of a step."""
+    return replace(config, max_steps_per_dispatch=config.num_speculative_tokens)
+
+
 @dataclass(frozen=True)
 class DeviceNeeds:
     """Bytes that an engine takes of one device beside its pool, and those of a block in it, all as
@@ -106,6 +112,17 @@ class DeviceNeeds:
         )
         return cls(step.arguments - pool_bytes - state, state, block, step)
 
+    def beside(self, other: DeviceNeeds) -> DeviceNeeds:
+        """Of two models with a pool each, of the same number of blocks, whose steps take turns."""
+        step = StepMemory(
+            max(self.step.temporaries, other.step.temporaries),
+            max(self.step.code, other.step.code),
+        )
+        return DeviceNeeds(
+            self.parameters + other.parameters, self.state + other.state, self.block + other.block,
+            step,
+        )  # fmt: skip
+
     def left_for_pool(self, device_memory: int, num_programs: int) -> int:
         """Bytes of a device that the pool may take."""
         return memory.left_for_pool(
@@ -121,19 +138,25 @@ def with_pool(
     placement: Placement,
     compiler: Compiler,
     device_memory: int | None = None,
+    draft: Model | None = None,
 ) -> EngineConfig:
     """The limits with a pool of the size that the user says, of a share of the host's memory, or of
     what an accelerator has left beside all else that the engine needs. device_memory: bytes, of an
-    accelerator that cannot be asked."""
+    accelerator that cannot be asked. draft: a draft model, whose pool is counted too."""
     budget = options.kv_cache_memory_bytes
-    block = block_bytes(model, smallest.block_size, placement)
+    models = [(model, smallest)] + ([] if draft is None else [(draft, draft_config(smallest))])
+    block = sum(block_bytes(each, smallest.block_size, placement) for each, _ in models)
     if budget is None and placement.platform == "cpu":
         budget = memory.host_pool_budget()
     if budget is None:
         total = device_memory or memory.device_memory(placement.devices[0])
-        programs = StepPrograms(model, smallest, placement, step_options(options, placement))
-        needs = _measure(programs, compiler)
-        budget, block = needs.left_for_pool(total, len(programs.all())), needs.block
+        steps = step_options(options, placement)
+        programs = [StepPrograms(each, config, placement, steps) for each, config in models]
+        needs, *others = (_measure(each, compiler) for each in programs)
+        for other in others:
+            needs = needs.beside(other)
+        num_programs = sum(len(each.all()) for each in programs)
+        budget, block = needs.left_for_pool(total, num_programs), needs.block
         logger.info(
             "of %.2f GiB, %.2f are left for the block pool and %.2f alone",
             total / memory.GIB, budget / memory.GIB, memory.reserve(total) / memory.GIB,

@@ -111,6 +111,11 @@ class Planner:
         self, config: ModelConfig, options: EngineOptions, chip: Chip, num_chips: int,
         progress: Progress = lambda _: None,
     ) -> None:  # fmt: skip
+        if options.draft_model:
+            raise ValueError(
+                "speculative: a plan does not count a draft model; leave it out, or plan for each "
+                "model alone"
+            )
         self.chip, self.num_chips = chip, num_chips
         self._config, self._options, self._progress = config, options, progress
         placement = Placement.on(described_devices(chip, num_chips), on_mesh=True)
@@ -228,17 +233,10 @@ class Planner:
         of_token = block_bytes(model, programs.config.block_size, programs.placement)
         cached = num_cached * of_token // programs.config.block_size
         return Bound(
-            (self._weights_read() + cached) / chip.memory_bandwidth,
+            (programs.weights_read + cached) / chip.memory_bandwidth,
             (flops + attention / num_devices) / chip.flops,
             sent / chip.link_bandwidth,
         )
-
-    def _weights_read(self) -> int:
-        """All parameters but an embedding that is only looked up."""
-        parameters = self.programs.parameters
-        if self.programs.model.config.tie_word_embeddings:
-            return device_bytes(parameters)
-        return device_bytes({n: p for n, p in parameters.items() if n != "embed"})
 
     # ---- what would fit
 

@@ -5,32 +5,30 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import psutil
 
+from jaxllm.checkpoint import Checkpoint
 from jaxllm.config import ModelConfig, ModelError
+from jaxllm.draft_setup import Draft
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.request import Request
-from jaxllm.engine.speculation import PromptLookup, Speculator
+from jaxllm.engine.speculation import PromptLookup, Proposer, Speculator
 from jaxllm.engine_options import EngineOptions
 from jaxllm.engine_setup import (
     build_model,
+    draft_config,
     smallest_config,
     step_options,
     with_pool,
 )
-from jaxllm.loading.config_json import generation_defaults, model_config_from_hf
-from jaxllm.loading.gguf_source import GGUFFile
-from jaxllm.loading.hub import ModelFiles, cache_folder, find_model
-from jaxllm.loading.load import check_num_layers, load_parameters, plan_leaves
-from jaxllm.loading.safetensors_source import SafetensorsSource
-from jaxllm.loading.source import TensorSource
-from jaxllm.models.decoder import Model
+from jaxllm.loading.hub import cache_folder
 from jaxllm.prompts import TokenizedPrompt
 from jaxllm.runtime.buckets import TokenRounding
 from jaxllm.runtime.compilation import Compiler, ProgramCache
@@ -41,7 +39,7 @@ from jaxllm.runtime.profile import Profile
 from jaxllm.runtime.sharding import Placement
 from jaxllm.sampling_params import SamplingParams
 from jaxllm.text.constraint import ConstraintMaker
-from jaxllm.text.tokenizer import Tokenizer, load_tokenizer_from_folder, load_tokenizer_from_gguf
+from jaxllm.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -65,10 +63,13 @@ class RunningEngine:
     constraints: ConstraintMaker
     default_sampling: Mapping[str, Any] = field(default_factory=dict)
     profile: Profile | None = None
+    draft_runner: ModelRunner | None = None
 
     def close(self) -> None:
         """Frees the device's memory and ends background compilation."""
         self.runner.close()
+        if self.draft_runner is not None:
+            self.draft_runner.close()
         if self.profile is not None:
             self.profile.close()
 
@@ -91,37 +92,6 @@ class RunningEngine:
         )
 
 
-@dataclass(frozen=True)
-class _Checkpoint:
-    """An opened model, its weights not yet read."""
-
-    files: ModelFiles
-    config: ModelConfig
-    source: TensorSource
-    gguf: GGUFFile | None
-
-    @classmethod
-    def open(cls, files: ModelFiles) -> _Checkpoint:
-        if files.gguf is not None:
-            gguf = GGUFFile(files.gguf)
-            return cls(files, gguf.config(), gguf.source(), gguf)
-        assert files.folder is not None
-        return cls(files, model_config_from_hf(files.folder), SafetensorsSource(files.folder), None)
-
-    def tokenizer(self, other: str | Path | None) -> Tokenizer:
-        if other is not None:
-            if Path(other).suffix == ".gguf":
-                return load_tokenizer_from_gguf(GGUFFile(Path(other)).metadata)
-            return load_tokenizer_from_folder(Path(other))
-        if self.gguf is not None:
-            return load_tokenizer_from_gguf(self.gguf.metadata)
-        assert self.files.folder is not None
-        return load_tokenizer_from_folder(self.files.folder)
-
-    def default_sampling(self) -> dict[str, Any]:
-        return {} if self.files.folder is None else generation_defaults(self.files.folder)
-
-
 def start_engine(model_name: str, options: EngineOptions) -> RunningEngine:
     """Finds, checks and loads a model while its programs are compiled, and makes an engine.
 
@@ -129,49 +99,62 @@ def start_engine(model_name: str, options: EngineOptions) -> RunningEngine:
     """
     started = time.monotonic()
     cache_dir = Path(options.cache_dir) if options.cache_dir else cache_folder()
-    files = find_model(model_name, revision=options.revision, cache_dir=cache_dir)
-    checkpoint = _Checkpoint.open(files)
-    check_num_layers(checkpoint.config, checkpoint.source)
+    checkpoint = Checkpoint.open(model_name, options.revision, cache_dir)
     folder = options.compiled
     compiled = None if folder is None else CompiledFolder(Path(folder).expanduser())
     placement = real_placement(
         options.tensor_parallel_size, on_mesh=compiled is not None and compiled.on_mesh
     )
     model = build_model(checkpoint.config, options, placement)
-    plan_leaves(checkpoint.config, model.abstract_parameters(), checkpoint.source)
+    checkpoint.check(model)
+    draft = None
+    if options.draft_model:
+        draft = Draft.open(options.draft_model, options, placement, model.config, cache_dir)
     smallest = smallest_config(model, options, placement)
     opened = time.monotonic()
 
     steps = step_options(options, placement)
-    compiler = Compiler(
-        ProgramCache.open(cache_dir / "programs") if options.program_cache else None,
+    program_cache = ProgramCache.open(cache_dir / "programs") if options.program_cache else None
+    new_compiler = partial(
+        Compiler,
+        program_cache,
         forbid_late=options.forbid_compile,
         placement=placement,
         compiled=compiled,
     )
-    try:
+    new_runner = partial(
+        ModelRunner,
+        placement=placement,
+        options=steps,
+        on_demand=options.compilation == "on_demand",
+    )
+    with ExitStack() as stack:
+        compiler = stack.enter_context(closing(new_compiler()))
         if compiled is None:
-            config = with_pool(smallest, model, options, placement, compiler)
+            draft_model = None if draft is None else draft.model
+            config = with_pool(smallest, model, options, placement, compiler, draft=draft_model)
         else:
             config = compiled.config(model, smallest, steps, placement)
-        runner = ModelRunner(
-            model,
-            config,
-            compiler,
-            placement=placement,
-            options=steps,
-            on_demand=options.compilation == "on_demand",
-        )
+        runner = new_runner(model, config, compiler)
         tokenizer = checkpoint.tokenizer(options.tokenizer)
-        runner.set_parameters(_load(checkpoint, model, placement))
+        draft_runner = None
+        if draft is not None:
+            draft.check_tokenizer(tokenizer)
+            draft_compiler = stack.enter_context(closing(new_compiler()))
+            draft_runner = new_runner(draft.model, draft_config(config), draft_compiler)
+            draft_runner.set_parameters(draft.checkpoint.load(draft.model, placement))
+        runner.set_parameters(checkpoint.load(model, placement))
         loaded = time.monotonic()
         if options.compilation == "ahead" or options.forbid_compile:
             runner.wait_until_compiled()
+            if draft_runner is not None:
+                draft_runner.wait_until_compiled()
         profile = None if options.profile_dir is None else Profile(Path(options.profile_dir))
         timeline = runner.timeline = None if profile is None else profile.timeline
-    except BaseException:
-        compiler.close()
-        raise
+        proposer = None
+        if draft is not None and draft_runner is not None:
+            proposer = draft.proposer(draft_runner, runner)
+        stack.pop_all()  # from here on RunningEngine.close() does it
     eos_token_ids = _end_tokens(model.config, tokenizer)
     engine = Engine(
         config,
@@ -183,9 +166,9 @@ def start_engine(model_name: str, options: EngineOptions) -> RunningEngine:
         round_budget=TokenRounding(runner.buckets),
         max_steps=runner.max_steps,
         timeline=timeline,
-        speculator=_speculator(options, runner),
+        speculator=_speculator(options, runner, proposer or PromptLookup()),
     )
-    plan = runner.memory_plan()
+    plan = runner.memory_plan(draft_runner)
     logger.info("%s on %s: memory %s", model_name, placement, plan)
     logger.info(
         "ready in %.1f s: files %.1f, weights %.1f, programs %.1f (%d of %d ready); the process "
@@ -197,15 +180,17 @@ def start_engine(model_name: str, options: EngineOptions) -> RunningEngine:
     constraints = ConstraintMaker(tokenizer, model.config.vocab_size, eos_token_ids)
     return RunningEngine(
         engine, runner, tokenizer, model_name, model.config, plan, constraints,
-        checkpoint.default_sampling(), profile,
+        checkpoint.default_sampling(), profile, draft_runner,
     )  # fmt: skip
 
 
-def _speculator(options: EngineOptions, runner: ModelRunner) -> Speculator | None:
+def _speculator(
+    options: EngineOptions, runner: ModelRunner, proposer: Proposer
+) -> Speculator | None:
     if options.speculative is None:
         return None
     row_cost = ROW_COSTS.get(runner.placement.platform, OTHER_ROW_COST)
-    return Speculator(PromptLookup(), options.max_drafts, row_cost, runner.max_rows)
+    return Speculator(proposer, options.max_drafts, row_cost, runner.max_rows)
 
 
 def _end_tokens(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -225,14 +210,6 @@ def real_placement(num_devices: int, *, on_mesh: bool = False) -> Placement:
             f"({devices[0].device_kind}) of this machine"
         )
     return Placement.on(devices[:num_devices], on_mesh=on_mesh)
-
-
-def _load(checkpoint: _Checkpoint, model: Model, placement: Placement) -> dict[str, Any]:
-    def put(array: np.ndarray, path: tuple[Any, ...]) -> jax.Array:
-        return placement.put(model.stored(array, path), path[-1])
-
-    abstract = model.abstract_parameters()
-    return load_parameters(checkpoint.config, abstract, checkpoint.source, put=put)
 
 
 __all__ = ["EngineOptions", "ModelError", "RunningEngine", "start_engine"]

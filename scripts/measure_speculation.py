@@ -1,7 +1,8 @@
-"""What speculation by prompt lookup brings on this machine at batch 1, as ratios.
+"""What speculation brings on this machine at batch 1, as ratios.
 
     python scripts/measure_speculation.py
     python scripts/measure_speculation.py --tries 5 --json figures.json
+    python scripts/measure_speculation.py --model MODEL --speculative draft:SMALLER_MODEL
 
 quote: answers to the prompts of data/summarise_and_quote.json, greedy. random: random prompts,
 whose answers are drawn at temperature 1. Each prompt is answered with and without speculation in
@@ -101,6 +102,7 @@ def main() -> None:
     """Measures both kinds of text, prints the figures, and keeps them where --json says."""
     parser = argparse.ArgumentParser(description="figures of speculation")
     parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--speculative", default="ngram", help="ngram or draft:MODEL")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--tries", type=int, default=3, help="of each prompt, both ways")
     parser.add_argument("--json", type=Path, help="file for the figures")
@@ -108,7 +110,7 @@ def main() -> None:
     limits: dict[str, Any] = {"max_num_seqs": 8, "max_num_batched_tokens": 512}
     options = {**limits, "max_model_len": 1024, "compilation": "ahead", "dtype": args.dtype}
     results: dict[str, Figures] = {"machine": machine()}
-    with LLM(args.model, **options, speculative="ngram") as llm:
+    with LLM(args.model, **options, speculative=args.speculative) as llm:
         llm.generate([[1, 2, 3]], SamplingParams(max_tokens=8), use_tqdm=False)
         results["quote"] = compare(llm, quoting(llm), args.tries)
         results["random"] = compare(llm, random_text(llm), args.tries)

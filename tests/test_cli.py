@@ -246,8 +246,8 @@ def test_there_are_configs() -> None:
             ["generate", "m", "--prompt", "a", "--beam-width", "2", "--stream"],
             "--stream cannot be combined with --beam-width",
         ),
-        (["generate", "m", "--prompt", "a", "--speculative", "eagle"], "one of ngram"),
-        (["serve", "m", "--speculative", "draft:m"], "not supported yet; use 'ngram'"),
+        (["generate", "m", "--prompt", "a", "--speculative", "eagle"], "must be 'ngram'"),
+        (["serve", "m", "--speculative", "draft:"], "with the name of a smaller model"),
         (["serve", "m", "--num-speculative-tokens", "3"], "has no effect without speculation"),
     ],
 )

@@ -146,6 +146,7 @@ def test_the_manifest_says_what_the_programs_are_for(programs: Path) -> None:
         ({"max_model_len": 64}, "options: max_model_len was 128 and is 64 now"),
         ({"block_size": 32}, "options: block_size was 16 and is 32 now"),
         ({"max_steps_per_dispatch": 3}, "options: max_steps_per_dispatch was 1 and is 3 now"),
+        ({"speculative": "ngram"}, "options: num_speculative_tokens was 0 and is 7 now"),
         ({"dtype": "bfloat16"}, "options: dtype was 'float32' and is 'bfloat16' now"),
         ({"layer_loop": "scan"}, "options: layer_loop was 'switch' and is 'scan' now"),
         ({"attention": "reference"}, "options: attention was .* and is 'reference' now"),
@@ -252,6 +253,7 @@ def test_a_folder_that_is_not_empty_is_not_written_to(
         (["--chip", "h100"], "chip must be one of v5e, v5p, v6e, v7x, got 'h100'"),
         (["--chip", "v6e", "--chips", "3"], "chips must be one of 1, 2, 4, .* got 3"),
         (["--compiled", "x"], "unrecognized arguments: --compiled x"),
+        (["--speculative", "draft:x"], "programs for a draft model cannot be compiled ahead"),
     ],
 )
 def test_flags_that_make_no_sense(

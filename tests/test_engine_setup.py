@@ -24,6 +24,10 @@ LLAMA = Path(__file__).parents[1] / "configs" / "models" / "llama-3.1-8b.json"
 PARAMETERS = 2 * 8_030_261_248
 BLOCK = 16 * 32 * 2 * 8 * 128 * 2
 TABLES = 64 * 128256 * 8 + 64 * 128256 // 8 + 64 * 4096 * 4 + 64 * 4
+SMALL = LLAMA.with_name("smollm2-135m.json")
+SMALL_PARAMETERS = 2 * 134_515_008
+SMALL_BLOCK = 16 * 30 * 2 * 3 * 64 * 2
+SMALL_TABLES = 64 * 49152 * 8 + 64 * 49152 // 8 + 64 * 576 * 4 + 64 * 4
 GB = 10**9
 
 
@@ -56,13 +60,14 @@ class StandIn:
         return SimpleNamespace(memory_analysis=lambda: analysis)
 
 
-def sized(num_chips: int, **options: Any) -> tuple[Any, StandIn]:
+def sized(num_chips: int, *, with_draft: bool = False, **options: Any) -> tuple[Any, StandIn]:
     given = EngineOptions(dtype="bfloat16", max_model_len=8192, max_num_seqs=64, **options)
     placement = Placement.on(described_devices(find_chip("v6e"), num_chips), on_mesh=True)
     model = build_model(read_model_config(str(LLAMA)), given, placement)
     smallest, compiler = smallest_config(model, given, placement), StandIn()
     compiler_: Any = compiler
-    return with_pool(smallest, model, given, placement, compiler_, 32 * GB), compiler
+    draft = build_model(read_model_config(str(SMALL)), given, placement) if with_draft else None
+    return with_pool(smallest, model, given, placement, compiler_, 32 * GB, draft), compiler
 
 
 def test_the_pool_is_what_is_left_by_the_compilers_figures() -> None:
@@ -75,6 +80,15 @@ def test_the_pool_is_what_is_left_by_the_compilers_figures() -> None:
         "decode 8x8, smallest pool",
     ]  # fmt: skip
     assert not compiler.programs, "what was only measured is dropped"
+
+
+def test_a_draft_model_leaves_less_for_two_pools() -> None:
+    config, compiler = sized(1, with_draft=True, speculative="draft:small")
+    num_programs = 2 * (len(config_buckets(config)) + 1 + 3)  # and a small bucket for drafts
+    others = PARAMETERS + TABLES + SMALL_PARAMETERS + SMALL_TABLES + 2 * 10**6
+    left = 32 * GB - 32 * GB // 25 - others - 2 * GB - num_programs * 10**6
+    assert config.num_blocks == left // (BLOCK + SMALL_BLOCK)
+    assert len(compiler.measured) == 2 * 4
 
 
 def config_buckets(config: Any) -> tuple[Any, ...]:

@@ -41,6 +41,8 @@ FLOORS = {
     "jaxllm.engine_setup": 5,
     "jaxllm.planning": 5,
     "jaxllm.compile_ahead": 5,
+    "jaxllm.checkpoint": 5,
+    "jaxllm.draft_setup": 5,
     "jaxllm.startup": 5,
     "jaxllm.llm": 5,
     "jaxllm.engine_thread": 5,

@@ -165,6 +165,7 @@ def test_what_does_not_fit_is_an_exit_code(capsys: pytest.CaptureFixture[str]) -
         ),
         ([LLAMA, "--chip", "v5e", "--chips", "64"], "64 devices cannot share the model"),
         (["nowhere.json", "--chip", "v5e"], "no model 'nowhere.json'"),
+        ([LLAMA, "--chip", "v5e", "--speculative", "draft:x"], "does not count a draft model"),
         ([LLAMA], "--chip"),
     ],
 )

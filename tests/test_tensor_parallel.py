@@ -15,9 +15,10 @@ from jaxllm import LLM
 
 PROGRAM = """
 import json, sys
-from jaxllm import LLM, SamplingParams
+from jaxllm import LLM, SamplingParams, draft_setup
 
-folder, cache, dtype, *sizes = sys.argv[1:]
+draft_setup.draft_cost = lambda *_: 0.02  # in steps
+folder, cache, dtype, more, *sizes = sys.argv[1:]
 common = dict(temperature=0, max_tokens=12, ignore_eos=True)
 params = [
     SamplingParams(**common),
@@ -29,7 +30,8 @@ params = [
 prompts = [[5 + i] * (3 + 17 * i) for i in range(len(params))]
 for size in map(int, sizes):
     options = dict(max_model_len=128, max_num_seqs=8, max_num_batched_tokens=64, cache_dir=cache,
-                   dtype=dtype, compilation="on_demand", tensor_parallel_size=size)
+                   dtype=dtype, compilation="on_demand", tensor_parallel_size=size,
+                   **json.loads(more))
     with LLM(folder, **options) as llm:
         outputs = llm.generate(prompts, params, use_tqdm=False)
         runner = llm._running.runner
@@ -40,16 +42,18 @@ for size in map(int, sizes):
         shares = [list(shard.data.shape) for shard in pool.addressable_shards]
         figures = dict(tokens=tokens, logprobs=chosen, pool=shares,
                        plan=llm._running.memory_plan.parameters,
+                       accepted=sum(o.metrics.num_accepted_tokens for o in outputs),
                        loaded=runner.figures().num_loaded)
         print(json.dumps(figures))
 """
 
 
-def run(folder: Path, cache: Path, dtype: str, *sizes: int) -> list[dict[str, Any]]:
+def run(folder: Path, cache: Path, dtype: str, *sizes: int, **options: Any) -> list[dict[str, Any]]:
     """What engines of so many devices answer, in a process that has four."""
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
     child = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(folder), str(cache), dtype, *map(str, sizes)],
+        [sys.executable, "-c", PROGRAM, str(folder), str(cache), dtype, json.dumps(options),
+         *map(str, sizes)],
         env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True, timeout=580,
     )  # fmt: skip
     assert child.returncode == 0, child.stderr[-3000:]
@@ -77,6 +81,16 @@ def test_programs_for_several_devices_are_loaded_again(
     assert first["loaded"] == 0
     assert second["loaded"] > 0
     assert second["tokens"] == first["tokens"]
+
+
+@pytest.mark.long
+def test_a_draft_model_shares_the_devices(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    """The model itself, as if it were cheap; its drafts are right."""
+    [one] = run(tiny_llama_folder, tmp_path, "float32", 1)
+    draft = {"speculative": f"draft:{tiny_llama_folder}"}
+    [two] = run(tiny_llama_folder, tmp_path, "float32", 2, **draft)
+    assert two["tokens"] == one["tokens"]
+    assert one["accepted"] == 0 < 10 < two["accepted"]
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,8 @@ ENGINE_HELP = {
     "seed": "of what is drawn for requests without a seed",
     "overlap": "prepare a step while the one before it runs",
     "max_steps_per_dispatch": "most tokens of an answer that are computed at a time",
-    "speculative": "ngram: verify several tokens a step, guessed from what came before",
+    "speculative": "ngram: verify several tokens a step, guessed from what came before; "
+    "draft:MODEL: guessed by a smaller model",
     "num_speculative_tokens": "most tokens of an answer that a step verifies",
     "forbid_compile": "a compilation after warm-up is an error",
     "compiled": "folder of programs made by jaxllm compile; they are code, so one that you trust",

@@ -170,7 +170,7 @@ class Engine:
             if not speculator.wants_results(scheduler.running, scheduler.num_spare_rows):
                 return NO_DRAFTS
             self._take_result(self._under_way.popleft())
-        return speculator.drafts(scheduler.running, scheduler.num_spare_rows)
+        return speculator.drafts(scheduler.running, scheduler.num_spare_rows, scheduler.make_room)
 
     def _dispatch(self, batch: Batch) -> None:
         now = time.monotonic()
@@ -239,6 +239,8 @@ class Engine:
         self._emit([r for r in self._requests.values() if not r.num_unfinished])
         self.scheduler.restart(state.sequence for state in self._states.values())
         self.runner.reset()
+        if self.speculator is not None:
+            self.speculator.reset()
 
     def _postprocess(self, step: StepUnderWay, result: StepResult) -> None:
         """Takes the step's tokens, ends what has to end, and makes the outputs. Rows of sequences
@@ -248,6 +250,7 @@ class Engine:
         searches: dict[RequestState, list[int]] = {}  # the rows of their beams
         touched: list[RequestState] = []
         token_ids = result.token_ids.T.tolist()  # [number of scheduled sequences, num_steps]
+        later_rows = {row: rows for row, _, rows in step.batch.draft_rows()}
         for row, scheduled in enumerate(step.batch.sequences):
             sequence, _, _, samples, attempt, drafts = scheduled
             state = self._states.get(sequence.sequence_id)
@@ -264,7 +267,8 @@ class Engine:
                 searches.setdefault(request, []).append(row)
                 continue
             try:
-                if not self._take_row(state, row, token_ids[row], samples, result):
+                rows = (row, *later_rows.get(row, ()))
+                if not self._take_row(state, rows, token_ids[row], samples, result):
                     continue
             except Exception as error:
                 self._log_fault(request, error)
@@ -328,9 +332,11 @@ class Engine:
             self._end(state, hypothesis.finish_reason or reason or "length")
 
     def _take_row(
-        self, state: SequenceState, row: int, token_ids: list[int], samples: int, result: StepResult
-    ) -> bool:
-        """The tokens of one sequence, up to one that ends it. False if there is none."""
+        self, state: SequenceState, rows: tuple[int, ...], token_ids: list[int], samples: int,
+        result: StepResult,
+    ) -> bool:  # fmt: skip
+        """The tokens of one sequence, up to one that ends it. False if there is none. rows: its
+        own, and those of its drafts."""
         for index, token_id in enumerate(token_ids):
             if token_id == NOT_FINITE:
                 if not self.scheduler.isolate(state.sequence):
@@ -338,6 +344,7 @@ class Engine:
                 return index > 0
             if token_id == NO_TOKEN:
                 break
+            row = rows[min(index, len(rows) - 1)]
             if self._take_token(state, row, token_id, result) or index + 1 == samples:
                 break
         return True

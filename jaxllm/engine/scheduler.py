@@ -25,7 +25,7 @@ The rules, in order:
    are taken only from those that are free.
 8. A sequence that decodes may bring drafts: tokens that may follow its last one. They take rows
    that no sequence needs, what is left of the budget, and blocks that are free; nobody is preempted
-   for them.
+   for them. A model that makes them writes into these blocks (of its own pool) before.
 A preempted sequence goes back to its place by the policy's order, ahead of all that came later, and
 is computed again, as far as the prefix cache has not kept it.
 """
@@ -191,6 +191,17 @@ class Scheduler:
         sequence.num_computed_tokens = len(sequence.token_ids) - 1
         self._holdings.trim(sequence)
 
+    def make_room(self, sequence: Sequence, num_drafts: int) -> int:
+        """Gives a sequence that decodes blocks for its next token and so many drafts before these
+        are made, or for as many as there are free blocks. Returns for how many."""
+        if sequence.is_forked:  # its block is copied when it is scheduled
+            return 0
+        count = self._num_affordable(sequence, num_drafts, self.num_running)
+        if count:
+            start = sequence.num_computed_tokens
+            self._holdings.extend((sequence,), start, start + 1 + count)
+        return count
+
     def schedule(self, drafts: Mapping[int, tuple[int, ...]] = NO_DRAFTS) -> Batch | None:
         """The next step's batch, or None if there is nothing to do. The step is taken as run:
         num_computed_tokens already counts its tokens. drafts: at most num_spare_rows, of sequences
@@ -267,7 +278,7 @@ class Scheduler:
         for sequence, start, *_ in decodes:
             room = sequence.max_num_tokens - len(sequence.token_ids)
             end = start + min(num_steps, room)
-            num_missing += -(-end // block_size) - len(sequence.block_table)
+            num_missing += max(0, -(-end // block_size) - len(sequence.block_table))
         return num_missing
 
     def _several(self, row: ScheduledSequence, num_steps: int) -> ScheduledSequence:
@@ -312,9 +323,8 @@ class Scheduler:
                 assert num_tokens == 1
                 num_later = self.num_running - num_passed
                 room = min(budget - num_later - 1, sequence.max_num_tokens - num_total - 1)
-                verified = self._affordable(
-                    sequence, drafts[sequence.sequence_id][:room], num_later
-                )
+                verified = drafts[sequence.sequence_id][:room]
+                verified = verified[: self._num_affordable(sequence, len(verified), num_later)]
                 num_tokens += len(verified)
             end = start + num_tokens
             lacks_blocks = end > len(sequence.block_table) * block_size or sequence.is_forked
@@ -332,17 +342,14 @@ class Scheduler:
             budget -= num_tokens
         return budget
 
-    def _affordable(
-        self, sequence: Sequence, drafts: tuple[int, ...], num_later: int
-    ) -> tuple[int, ...]:
-        """As many drafts as there are free blocks for; a block is left for each later sequence."""
-        start, num_free = sequence.num_computed_tokens, self.pool.num_free_blocks - num_later
-        while drafts:
-            end = start + 1 + len(drafts)
-            if self._holdings.num_missing((sequence,), start, end) <= num_free:
-                break
-            drafts = drafts[:-1]
-        return drafts
+    def _num_affordable(self, sequence: Sequence, num_drafts: int, num_others: int) -> int:
+        """How many drafts there are free blocks for; a block is left for each other sequence."""
+        start, num_free = sequence.num_computed_tokens, self.pool.num_free_blocks - num_others
+        for count in range(num_drafts, 0, -1):
+            num_missing = self._holdings.num_missing((sequence,), start, start + 1 + count)
+            if not num_missing or num_missing <= num_free:
+                return count
+        return 0
 
     def _schedule_beams(self, leader: Sequence, decodes: list[ScheduledSequence]) -> bool:
         """One token for each beam of a search, or for none if it was the youngest and preempted

@@ -232,8 +232,9 @@ class StepResult:
     """Column i of token_ids and row i of others belong to batch.sequences[i]. They mean nothing
     where that sequence does not sample, but NOT_FINITE says even there that its logits are not
     finite; nor do tokens after one that ends the sequence. Where drafts yield fewer tokens than
-    others of the batch, NO_TOKEN comes after them. Rows of prompt_logprobs are the step's query
-    tokens in batch order: row j is about the known token that follows query token j."""
+    others of the batch, NO_TOKEN comes after them, and logprobs goes on with the rows of drafts,
+    see Batch.draft_rows. Rows of prompt_logprobs are the step's query tokens in batch order: row j
+    is about the known token that follows query token j."""
 
     token_ids: np.ndarray  # [num_steps or 1 + most drafts, number of scheduled sequences] int32
     logprobs: LogprobRows | None = None  # None unless a sequence of the batch asked

@@ -33,7 +33,7 @@ from jaxllm.runtime.step import StepOptions
 MANIFEST = "manifest.json"
 FORMAT = 1
 LIMITS = ("block_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
-          "max_steps_per_dispatch")  # fmt: skip
+          "max_steps_per_dispatch", "num_speculative_tokens")  # fmt: skip
 
 
 class CompiledFolderError(ValueError):

@@ -4,10 +4,11 @@ A sequence with k drafts has a chain of k + 1 rows: the first samples after its 
 each other one after one draft more. Every row draws its token from the model's distribution there,
 by the sequence's seed and the token's position, as if it came alone. A draft counts as right if
 the row before has drawn just it; the first row of a chain whose token differs from its draft, or
-that has none, yields the last token. That is rejection sampling, exact for every option: a draft d,
-which is what it is before anything is drawn, is accepted with its probability p(d), and otherwise
+that has none, yields the last token. For a draft d that does not depend on the random numbers
+that is rejection sampling, exact for every option: d is accepted with its probability p(d), else
 the token is drawn from p without d (Leviathan et al. 2023, with a q that is 1 at d). And since the
-draw itself does not depend on the drafts, a seed gives the same tokens with and without them.
+draw itself does not depend on the drafts, a seed gives the same tokens with and without them, even
+where drafts were drawn with the same random numbers.
 """
 
 from __future__ import annotations

@@ -55,7 +55,8 @@ class StepMemory:
 class MemoryPlan:
     """Bytes that an engine takes of each device, as it says at start-up. programs: compiled code,
     on an accelerator. process: what the interpreter, its libraries and the compiler hold in this
-    process; only counted where the device is the host."""
+    process; only counted where the device is the host. draft_model: its parameters, pool and
+    sampling state."""
 
     parameters: int
     pool: int
@@ -63,6 +64,7 @@ class MemoryPlan:
     temporaries: int
     programs: int = 0
     process: int = 0
+    draft_model: int = 0
 
     @classmethod
     def on_device(
@@ -75,7 +77,7 @@ class MemoryPlan:
     def total(self) -> int:
         return (
             self.parameters + self.pool + self.state + self.temporaries + self.programs
-            + self.process
+            + self.process + self.draft_model
         )  # fmt: skip
 
     def __str__(self) -> str:
@@ -87,6 +89,8 @@ class MemoryPlan:
         ]
         if self.programs:
             parts.append(f"programs {_gib(self.programs)}")
+        if self.draft_model:
+            parts.append(f"draft model {_gib(self.draft_model)}")
         if self.process:
             parts.append(f"process {_gib(self.process)}")
         return f"{_gib(self.total)} GiB = " + " + ".join(parts)

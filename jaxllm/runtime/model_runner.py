@@ -6,7 +6,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 
 import jax
@@ -79,7 +79,7 @@ class DeviceStep:
             tokens = tokens[: self.batch.num_steps, :num_seqs]
         logprobs = prompt_logprobs = None
         if any(p.logprobs is not None or p.ranks_answers for p in params):
-            logprobs = _fetch(self.outputs.logprobs, num_seqs)
+            logprobs = _fetch(self.outputs.logprobs, self.batch.num_rows)
         has_prompt_rows = self.outputs.prompt_logprobs.logprobs.shape[0] > 0
         if has_prompt_rows and any(p.prompt_logprobs is not None for p in params):
             prompt_logprobs = _fetch(self.outputs.prompt_logprobs, self.batch.num_tokens)
@@ -153,22 +153,34 @@ class ModelRunner:
         self._compiler.close()
         self._params = self._state = None
 
-    def memory_plan(self) -> MemoryPlan:
-        """What the engine will use of one device. Where host and device share memory, the process
-        is what it holds now beyond the arrays, and what compilation still to come may add."""
+    def memory_plan(self, draft: ModelRunner | None = None) -> MemoryPlan:
+        """What the engine will use of one device. draft: of its draft model, if it has one. Where
+        host and device share memory, the process is what it holds now beyond the arrays, and what
+        compilation still to come may add."""
         programs, step = self.programs, self._step_memory()
-        parameters = device_bytes(programs.parameters)
+        runners = [self] if draft is None else [self, draft]
         pool, *tables = programs.state
-        state = device_bytes(tables)
+        parameters, state = device_bytes(programs.parameters), device_bytes(tables)
+        beside = (
+            0 if draft is None else device_bytes((draft.programs.parameters, draft.programs.state))
+        )
         if self.placement.platform != "cpu":
-            return MemoryPlan.on_device(
-                parameters, device_bytes(pool), state, step, len(programs.all())
-            )
-        grows = kv_cache.grows_with_use(pool.dtype)
-        present = parameters + state + (0 if grows else device_bytes(pool))
+            num_programs = sum(len(runner.programs.all()) for runner in runners)
+            plan = MemoryPlan.on_device(parameters, device_bytes(pool), state, step, num_programs)
+            return replace(plan, draft_model=beside)
+        present = sum(runner._present_bytes() for runner in runners)
         process = max(0, memory.process_bytes() - present * self.placement.num_devices)
-        process += self._program_bytes_to_come()
-        return MemoryPlan(parameters, device_bytes(pool), state, step.temporaries, process=process)
+        process += sum(runner._program_bytes_to_come() for runner in runners)
+        return MemoryPlan(
+            parameters, device_bytes(pool), state, step.temporaries,
+            process=process, draft_model=beside,
+        )  # fmt: skip
+
+    def _present_bytes(self) -> int:
+        """Of the arrays, on one device, those that take their memory at once."""
+        pool, *tables = self.programs.state
+        grows = kv_cache.grows_with_use(pool.dtype)
+        return device_bytes((self.programs.parameters, tables, () if grows else pool))
 
     def _step_memory(self) -> StepMemory:
         """Of the largest bucket by the compiler's figures, or an upper bound while it is not

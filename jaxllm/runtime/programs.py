@@ -18,7 +18,7 @@ from jaxllm.runtime import kv_cache
 from jaxllm.runtime.buckets import MIN_ROWS, plan_buckets
 from jaxllm.runtime.ranking import Candidates
 from jaxllm.runtime.sampler import Logprobs
-from jaxllm.runtime.sharding import Placement
+from jaxllm.runtime.sharding import Placement, device_bytes
 from jaxllm.runtime.step import (
     State,
     StepOptions,
@@ -71,6 +71,15 @@ class StepPrograms:
     def parameters(self) -> Any:
         """The tree of parameters as shapes."""
         return self.placement.parameters(self.model.stored_parameters())
+
+    @property
+    def weights_read(self) -> int:
+        """Bytes of a device's parameters that each step reads: not those of an embedding that is
+        only looked up."""
+        parameters = self.parameters
+        if self.model.config.tie_word_embeddings:
+            return device_bytes(parameters)
+        return device_bytes({n: p for n, p in parameters.items() if n != "embed"})
 
     @cached_property
     def state(self) -> State:

@@ -160,7 +160,7 @@ class FakeRunner:
         tokens = np.array(columns, np.int32).T  # [num_steps, number of scheduled sequences]
         if later_rows:
             tokens = accepted_tokens(batch, np.append(tokens[0], later_rows))
-        result = self._result(batch, tokens, following)
+        result = self._result(batch, [*(row[0] for row in rows), *later_rows], tokens, following)
         result = replace(
             result,
             pooled=np.array(pooled, np.float32),
@@ -254,11 +254,13 @@ class FakeRunner:
         return np.stack([np.array(sequence.token_ids[:end]), positions, np.full(end, salt)], axis=1)
 
     @staticmethod
-    def _result(batch: Batch, token_ids: np.ndarray, following: list[int]) -> StepResult:
+    def _result(
+        batch: Batch, sampled: list[int], token_ids: np.ndarray, following: list[int]
+    ) -> StepResult:
         params = [scheduled.sequence.params for scheduled in batch.sequences]
         return StepResult(
             token_ids,
-            fake_logprobs(token_ids[0].tolist())
+            fake_logprobs(sampled)
             if any(p.logprobs is not None or p.ranks_answers for p in params)
             else None,
             fake_logprobs(following)

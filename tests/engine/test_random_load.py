@@ -11,9 +11,10 @@ from fake_runner import EOS, VOCAB_SIZE, FakeRunner, fake_rank, hashed_logprobs,
 
 from jaxllm.beam_search_params import BeamSearchParams
 from jaxllm.config import EngineConfig
+from jaxllm.engine.draft_model import DraftModel
 from jaxllm.engine.engine import Engine, Request
 from jaxllm.engine.sequence import Sequence, SequenceStatus
-from jaxllm.engine.speculation import Speculator
+from jaxllm.engine.speculation import Proposer, Speculator
 from jaxllm.request_error import RequestError
 from jaxllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -125,7 +126,7 @@ def all_dispatched(sequence):
     return sequence.num_tokens == sequence.max_num_tokens
 
 
-class RandomProposer:
+class RandomProposer(Proposer):
     """Knows what the model generates, and is often wrong."""
 
     def __init__(self, rng):
@@ -149,12 +150,13 @@ class RandomProposer:
 class World:
     """An engine on a fake runner, and all that was sent to it and came back."""
 
-    def __init__(self, seed, failure_rate=0.0, poison_rate=0.0, **options):
+    def __init__(self, seed, failure_rate=0.0, poison_rate=0.0, has_draft_model=False, **options):
         self.rng = rng = random.Random(seed)
         self.config = config = random_config(rng, **options)
         self.failure_rate = failure_rate
         self.poison_rate = poison_rate
-        self.is_quiet = rng.random() < 0.5  # so that several tokens can come a dispatch
+        # so that several tokens can come a dispatch
+        self.is_quiet = has_draft_model or rng.random() < 0.5
         self.arrival_rate = 0.1 if self.is_quiet else 0.4
         self.may_fail = failure_rate or poison_rate
         runner = FakeRunner(
@@ -165,7 +167,7 @@ class World:
             round_budget = lambda number: 1 << number.bit_length() - 1  # noqa: E731
         speculator = None
         if config.num_speculative_tokens:
-            proposer = RandomProposer(rng)
+            proposer = self.draft_model() if has_draft_model else RandomProposer(rng)
             speculator = Speculator(proposer, config.num_speculative_tokens, row_cost=0.01)
         self.engine = Engine(
             config, runner, vocab_size=VOCAB_SIZE, eos_token_ids=(EOS,), round_budget=round_budget,
@@ -181,6 +183,22 @@ class World:
         self.num_made = 0
         self.aborted: set[str] = set()
         self.counts: Counter[str] = Counter()
+
+    def draft_model(self):
+        """Its runner holds that what it reads of a block is what it computed of that prefix."""
+        config = replace(self.config, max_steps_per_dispatch=self.config.num_speculative_tokens)
+
+        def next_token(sequence):
+            is_right = self.rng.random() < 0.8
+            return hashed_token(sequence) if is_right else self.rng.randrange(VOCAB_SIZE)
+
+        def on_batch(batch):
+            self.counts["guessing"] += len(batch.sequences)
+            self.counts["catching up"] += batch.num_tokens - len(batch.sequences)
+            if self.rng.random() < self.failure_rate:
+                raise self.rng.choice([RuntimeError("failed"), KeyboardInterrupt()])
+
+        return DraftModel(FakeRunner(config, next_token, on_batch), config, cost=0.05)
 
     def random_failure(self):
         if self.rng.random() < self.failure_rate:
@@ -340,6 +358,9 @@ def play(seed, num_steps, failure_rate=0.0, poison_rate=0.0, **options):
     world.drain()
     world.check_answers()
     world.check_idle()
+    speculator = world.engine.speculator
+    if speculator is not None:
+        world.counts["draft models that failed"] += speculator.has_failed
     return world
 
 
@@ -387,3 +408,19 @@ def test_what_is_not_finite_is_computed_again_and_never_found_in_the_cache(mode)
         counts += world.counts
     for name in ("error", "stop", "length", "abort"):
         assert counts[name] > 10, name
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("failure_rate", [0.0, 0.03])
+def test_a_draft_model_reads_only_what_it_computed(failure_rate, overlap):
+    counts = Counter()
+    for seed in range(300, 320):
+        counts += play(
+            seed, num_steps=60, failure_rate=failure_rate, has_draft_model=True, overlap=overlap,
+            num_speculative_tokens=4,
+        ).counts  # fmt: skip
+    assert counts["guessing"] > 200
+    assert counts["catching up"] > 300
+    assert counts["accepted"] > 100
+    assert counts["preemptions"] > 10
+    assert (counts["draft models that failed"] > 0) == (failure_rate > 0)

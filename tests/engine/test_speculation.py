@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_runner import EOS, VOCAB_SIZE, FakeRunner, ids
+from fake_runner import EOS, VOCAB_SIZE, FakeRunner, fake_rank, ids
 
 from jaxllm.config import EngineConfig
 from jaxllm.engine.batch import accepted_tokens
 from jaxllm.engine.engine import Engine, Request
 from jaxllm.engine.sequence import NO_TOKEN, Batch, ScheduledSequence, Sequence
-from jaxllm.engine.speculation import Outlook, PromptLookup, Speculator, continuation
+from jaxllm.engine.speculation import Outlook, PromptLookup, Proposer, Speculator, continuation
 from jaxllm.outputs import RequestOutput
 from jaxllm.sampling_params import SamplingParams
 
@@ -53,7 +53,7 @@ def test_shares_of_right_guesses_are_kept_apart_by_what_came_before() -> None:
     outlook.guess = ids("gh")
     outlook.see(ids("abcdeg"), 6)
     assert outlook.guess == ids("h")
-    assert list(outlook.chances()) == [outlook.rates[1]]
+    assert list(outlook.chances(1)) == [outlook.rates[1]]
 
 
 def test_guesses_are_scored_up_to_where_they_reach() -> None:
@@ -98,9 +98,9 @@ def test_a_batch_that_keeps_the_processor_busy_has_no_drafts() -> None:
 
 def test_drafts_are_bounded_by_rows_and_by_the_end_of_the_answer() -> None:
     sequences = [decoding(i, REPEATING, (1.0, 1.0)) for i in range(3)]
-    assert num_drafts(sequences, row_cost=0.01, spare=9) == [7, 2, 0]
+    assert num_drafts(sequences, row_cost=0.01, spare=10) == [4, 3, 3]
     sequences[0].max_num_tokens = sequences[0].num_tokens + 3
-    assert num_drafts(sequences, row_cost=0.01, spare=9) == [2, 7, 0]
+    assert num_drafts(sequences, row_cost=0.01, spare=9) == [2, 4, 3]
 
 
 def test_no_step_waits_for_a_program_because_of_drafts() -> None:
@@ -110,14 +110,9 @@ def test_no_step_waits_for_a_program_because_of_drafts() -> None:
         assert sum(map(len, speculator.drafts(sequences, 100).values())) == expected
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"logprobs": 1}, {"prompt_logprobs": 0}, {"n": 1, "best_of": 2}],
-    ids=str,
-)
-def test_what_wants_more_than_tokens_has_no_drafts(options: dict[str, Any]) -> None:
+def test_what_is_to_be_known_of_each_query_token_excludes_drafts() -> None:
     sequence = decoding(0, REPEATING, (1.0, 1.0))
-    sequence.params = SamplingParams(**options)
+    sequence.params = SamplingParams(prompt_logprobs=0)
     assert num_drafts([sequence], row_cost=0.01) == [0]
 
 
@@ -145,7 +140,7 @@ def test_tokens_count_up_to_the_first_that_differs_from_its_draft() -> None:
     assert accepted_tokens(batch, tokens).tolist() == [[5, 5, 9, 5], [n, 6, n, 4], [n, 7, n, n]]
 
 
-class Scripted:
+class Scripted(Proposer):
     """Guesses that the answer goes on as the script does."""
 
     def __init__(self, script: str) -> None:
@@ -178,7 +173,7 @@ def run(
 @pytest.mark.parametrize("overlap", [False, True])
 def test_right_drafts_save_steps_and_are_counted(overlap: bool) -> None:
     answer = "abcdefghijklmnopqrstuvw$"
-    output, engine = run(answer, answer + "a" * 20, overlap=overlap)
+    output, engine = run(answer, answer + "a" * 20, overlap=overlap, logprobs=1)
     assert output.outputs[0].token_ids == ids(answer)
     assert engine.meter.num_steps < 12
     stats = engine.stats().speculation
@@ -188,6 +183,9 @@ def test_right_drafts_save_steps_and_are_counted(overlap: bool) -> None:
     assert output.metrics.num_accepted_tokens == stats.num_accepted_tokens >= 12
     assert stats.num_drafts * 3 >= stats.num_draft_tokens
     assert sum(stats.num_accepted_by_position) == stats.num_accepted_tokens
+    assert output.outputs[0].logprobs is not None
+    said = [next(iter(entry.items())) for entry in output.outputs[0].logprobs]
+    assert [(t, p.rank) for t, p in said] == [(t, fake_rank(t)) for t in ids(answer)]
     assert list(stats.num_accepted_by_position) == sorted(stats.num_accepted_by_position)[::-1]
 
 
@@ -227,3 +225,19 @@ def test_limits_of_the_configuration() -> None:
         replace(CONFIG, num_speculative_tokens=16)
     assert CONFIG.max_num_rows == 4
     assert replace(CONFIG, max_num_seqs=1).max_num_rows == 4
+
+
+def test_a_prompt_that_others_wait_for_has_no_drafts_at_its_last_token() -> None:
+    """The others draw from the logits after that token, which must be the row's last one."""
+    prompt = ids("abcdefghijklmnopq")  # a token more than a step takes
+    config = replace(CONFIG, overlap=False)
+    runner = FakeRunner(config, next_token=lambda s: s.num_output_tokens)
+    speculator = Speculator(Scripted("abcdefghijklmn"), 3, row_cost=0.01)
+    engine = Engine(config, runner, vocab_size=VOCAB_SIZE, speculator=speculator)
+    engine.add_request(Request("r", prompt, SamplingParams(n=3, max_tokens=8)))
+    while engine.has_unfinished_requests():
+        outputs = engine.step()
+    assert engine.last_error is None
+    assert [answer.token_ids for answer in outputs[0].outputs] == [list(range(8))] * 3
+    assert [batch.num_tokens for batch in runner.batches[:2]] == [16, 1]
+    assert runner.batches[1].num_drafts == 0

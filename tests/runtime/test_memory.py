@@ -122,11 +122,11 @@ def test_host_memory_heeds_the_control_group(
 
 
 def test_plan_adds_up() -> None:
-    plan = MemoryPlan(4 * GIB, 2 * GIB, GIB, GIB // 2, 2 * GIB, GIB // 4)
-    assert plan.total == int(9.75 * GIB)
+    plan = MemoryPlan(4 * GIB, 2 * GIB, GIB, GIB // 2, 2 * GIB, GIB // 4, 3 * GIB)
+    assert plan.total == int(12.75 * GIB)
     assert str(plan) == (
-        "9.75 GiB = parameters 4.00 + block pool 2.00 + sampling state 1.00 + temporaries 0.50"
-        " + programs 2.00 + process 0.25"
+        "12.75 GiB = parameters 4.00 + block pool 2.00 + sampling state 1.00 + temporaries 0.50"
+        " + programs 2.00 + draft model 3.00 + process 0.25"
     )
     assert str(MemoryPlan(1, 1, 1, 1)).endswith("temporaries 0.00")
 
