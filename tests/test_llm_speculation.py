@@ -33,16 +33,26 @@ CASES: dict[str, SamplingParams] = {
         DRAWN, min_tokens=20, stop_token_ids=list(range(100, 200)), ignore_eos=False
     ),
     "stop strings": dataclasses.replace(DRAWN, stop=["a", "e", "o"]),
+    "JSON": dataclasses.replace(
+        DRAWN,
+        structured_outputs=StructuredOutputsParams(
+            json={"type": "array", "items": {"type": "string", "minLength": 3}, "minItems": 9}
+        ),
+    ),
+    "a form with text that is forced, greedy": dataclasses.replace(
+        GREEDY, structured_outputs=StructuredOutputsParams(regex="([a-f]{3} the dog (yes|no) ){9}")
+    ),
+    "a form and penalties": dataclasses.replace(
+        DRAWN,
+        n=2,
+        presence_penalty=0.7,
+        structured_outputs=StructuredOutputsParams(regex="([a-f]{3} the dog )+[0-9]"),
+    ),
 }
 NO_DRAFTS: dict[str, SamplingParams] = {
     "logprobs": dataclasses.replace(GREEDY, logprobs=2),
     "prompt_logprobs": dataclasses.replace(GREEDY, prompt_logprobs=1),
     "best_of": dataclasses.replace(DRAWN, best_of=2),
-    "structured": dataclasses.replace(
-        GREEDY,
-        structured_outputs=StructuredOutputsParams(regex="[a-z]{5,9}"),
-        ignore_eos=False,
-    ),
 }
 MODES: list[dict[str, Any]] = [
     {"overlap": False},

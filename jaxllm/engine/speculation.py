@@ -15,6 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
+from jaxllm.engine.forms import masks_ahead
 from jaxllm.engine.sequence import Sequence
 
 MIN_MATCH, MAX_MATCH = 2, 5  # tokens that have come before, as they do now
@@ -24,7 +25,8 @@ FIRST_RATES = (0.25, 0.7)  # what these shares begin with: prudent, a good guess
 
 @dataclass(slots=True)
 class Outlook:
-    """What is expected of a sequence. guess: what may follow its first num_seen tokens.
+    """What is expected of a sequence. guess: what may follow its first num_seen tokens. masks: of
+    one with a constraint, what may come after each draft that is to be verified.
 
     rates: how many guesses were right lately, of those that followed a wrong one or none, and of
     those that followed a right one. All guesses count, verified by a step or not: the tokens that
@@ -34,6 +36,7 @@ class Outlook:
     num_seen: int
     tokens: array[int] = field(default_factory=lambda: array("i"))  # the first num_seen
     guess: list[int] = field(default_factory=list)
+    masks: list[np.ndarray] = field(default_factory=list)
     asked_at: int = -1  # num_seen when the proposer was asked last
     rates: list[float] = field(default_factory=lambda: list(FIRST_RATES))
     was_right: bool = False
@@ -142,11 +145,18 @@ class Speculator:
         self, running: AbstractSequence[Sequence], num_spare_rows: int
     ) -> dict[int, tuple[int, ...]]:
         """What the next step shall verify, by sequence_id."""
-        return {
-            s.sequence_id: tuple(s.outlook.guess[:count])
-            for s, count in self._plan(running, num_spare_rows)
-            if not s.num_pending and s.outlook is not None
-        }
+        drafts = {}
+        for sequence, count in self._plan(running, num_spare_rows):
+            outlook = sequence.outlook
+            if sequence.num_pending or outlook is None:
+                continue
+            guess = outlook.guess[:count]
+            if sequence.constraint is not None:
+                outlook.masks = masks_ahead(sequence, guess)
+                guess = guess[: len(outlook.masks)]
+            if guess:
+                drafts[sequence.sequence_id] = tuple(guess)
+        return drafts
 
     def count(self, sequence: Sequence, num_drafts: int, num_accepted: int) -> None:
         """A step has verified drafts of a sequence."""
@@ -225,9 +235,9 @@ class Speculator:
 
 
 def may_speculate(sequence: Sequence) -> bool:
-    """Whether a step may yield several tokens for it: not where the host says after each of them
-    what may follow, or wants more of each step than tokens."""
+    """Whether a step may yield several tokens for it: not where the host wants more of each step
+    than tokens."""
     params = sequence.params
     wants_more = params.logprobs is not None or params.prompt_logprobs is not None
-    is_free = sequence.constraint is None and sequence.pooling is None
-    return is_free and not (wants_more or params.ranks_answers or sequence.num_candidates)
+    wants_more = wants_more or params.ranks_answers or sequence.pooling is not None
+    return not (wants_more or sequence.num_candidates)
