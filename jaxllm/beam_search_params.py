@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from jaxllm.request_error import RequestError
-from jaxllm.sampling_params import RequestOutputKind, SamplingParams
+from jaxllm.sampling_params import RequestOutputKind, SamplingParams, with_form
+from jaxllm.structured_outputs import StructuredOutputsParams
 
 MAX_BEAM_WIDTH = 64
 
@@ -22,7 +23,10 @@ class BeamSearchParams:
     answer scores its log-probability / its number of tokens ** length_penalty. early_stopping: True
     ends the search once beam_width answers have ended; False, when the best running one, scored at
     its present length, is no better than the worst ended one; "never", when it could not become
-    better (for a positive length_penalty, scored at the longest length). The rest is as in
+    better (for a positive length_penalty, scored at the longest length). structured_outputs: only
+    what its form allows is continued; what it excludes makes nothing else more likely, and there
+    may be fewer than n answers. logprobs: of each token as the search adds them up, at its
+    temperature, and of so many of the likeliest tokens that may come there. The rest is as in
     SamplingParams. Raises ValueError naming the field, the value and what would do.
     """
 
@@ -36,6 +40,8 @@ class BeamSearchParams:
     stop_token_ids: Sequence[int] | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    logprobs: int | None = None
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         _check_width("beam_width", self.beam_width, MAX_BEAM_WIDTH)
@@ -72,6 +78,8 @@ class BeamSearchParams:
             stop_token_ids=self.stop_token_ids,
             include_stop_str_in_output=self.include_stop_str_in_output,
             skip_special_tokens=self.skip_special_tokens,
+            logprobs=self.logprobs,
+            structured_outputs=self.structured_outputs,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
@@ -82,7 +90,7 @@ class BeamSearchParams:
         for name in options:
             if name not in known:
                 raise RequestError(f"{name} cannot be combined with beam search", param=name)
-        return cls(**options)
+        return cls(**with_form(options))
 
 
 def _check_width(name: str, value: Any, most: int) -> None:

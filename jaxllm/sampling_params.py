@@ -190,13 +190,15 @@ class SamplingParams:
                 raise RequestError(
                     f"unknown sampling option {name!r}; known: {', '.join(sorted(known))}"
                 )
-        structured = options.get("structured_outputs")
-        if isinstance(structured, Mapping):
-            options = {
-                **options,
-                "structured_outputs": StructuredOutputsParams.from_dict(structured),
-            }
-        return cls(**options)
+        return cls(**with_form(options))
+
+
+def with_form(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The options of a user, with structured_outputs, if it is a JSON object, as its parameters."""
+    structured = options.get("structured_outputs")
+    if not isinstance(structured, Mapping):
+        return options
+    return {**options, "structured_outputs": StructuredOutputsParams.from_dict(structured)}
 
 
 def _refuse(name: str, must: str, value: Any) -> NoReturn:

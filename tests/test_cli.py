@@ -344,6 +344,23 @@ def test_beam_search_writes_the_best_answers(generate: Cli, llm: LLM) -> None:
     assert found[0]["cumulative_logprob"] == pytest.approx(expected.outputs[0].cumulative_logprob)
 
 
+def test_beams_of_a_form_with_their_log_probabilities(generate: Cli) -> None:
+    flags = (
+        "--prompt", "The fox", "--prompt", "In", "--beam-width", "4", "--n", "4",
+        "--structured-outputs", '{"choice": ["red", "green", "blue"]}',
+    )  # fmt: skip
+    code, out, _ = generate(*flags)
+    titles = [line.split()[0] for line in out.splitlines() if line.startswith("[")]
+    assert titles == ["[1.1]", "[1.2]", "[1.3]", "[2.1]", "[2.2]", "[2.3]"]
+    code, out, _ = generate(*flags, "--logprobs", "1", "--output-format", "jsonl")
+    answers = objects(out)[0]["outputs"]
+    assert code == 0
+    assert sorted(answer["text"] for answer in answers) == ["blue", "green", "red"]  # not four
+    for answer in answers:
+        total = sum(position[0]["logprob"] for position in answer["logprobs"])
+        assert total == pytest.approx(answer["cumulative_logprob"], abs=1e-4)
+
+
 def test_chat_flag_applies_the_template(generate: Cli, llm: LLM) -> None:
     expected = llm.chat([{"role": "user", "content": "The fox"}], GREEDY, use_tqdm=False)
     _, out, _ = generate("--prompt", "The fox", "--chat", *GREEDY_FLAGS)

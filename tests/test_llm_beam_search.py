@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from torch_reference import TorchModel, assert_beams
+from masks import allowed
+from torch_reference import TorchModel, assert_beams, log_softmax
 
-from jaxllm import LLM, BeamSearchParams, SamplingParams
-from jaxllm.outputs import RequestOutput
+from jaxllm import LLM, BeamSearchParams, SamplingParams, StructuredOutputsParams
+from jaxllm.outputs import CompletionOutput, RequestOutput
 
 EOS = 1
 PROMPTS = [[40, 41, 42, 40, 41, 43], [7 * i % 300 + 10 for i in range(33)], [200]]
@@ -37,6 +38,11 @@ def check(output: RequestOutput, expected: list[tuple[list[int], float]], penalt
         for answer in output.outputs
     ]
     assert_beams(found, expected)
+
+
+def total_logprob(answer: CompletionOutput) -> float:
+    chosen = zip(answer.token_ids, answer.logprobs or [], strict=True)
+    return sum(found[token_id].logprob for token_id, found in chosen)
 
 
 @pytest.mark.parametrize("early_stopping", [True, False, "never"])
@@ -74,6 +80,58 @@ def test_a_wide_search_and_one_without_an_end(llm: LLM, reference: TorchModel) -
     check(output, reference.beam_search(PROMPTS[1], 25, [], num_beams=8), 1.0)
 
 
+FORMS: list[tuple[dict[str, Any], int]] = [
+    ({"json": {"type": "object", "properties": {"city": {"type": "string"}}}}, 14),
+    ({"regex": "([a-f]{2}-){2}[0-9]{3}"}, 20),
+    ({"choice": ["x", "yz", "no"]}, 12),  # fewer than there are beams
+    ({"grammar": 'start: ("a" | "the" | " fox" | " quick")+ "."'}, 8),  # cut in the middle
+]
+
+
+@pytest.mark.parametrize("early_stopping", [False, "never"])
+@pytest.mark.parametrize(("options", "num_tokens"), FORMS, ids=[str(form) for form, _ in FORMS])
+def test_answers_of_a_form_are_those_of_transformers_with_the_same_tokens_excluded(
+    llm: LLM,
+    reference: TorchModel,
+    options: dict[str, Any],
+    num_tokens: int,
+    early_stopping: bool | str,
+) -> None:
+    structured = StructuredOutputsParams(**options)
+    start = llm._running.constraints.constraint(structured, None)
+
+    def form(output: list[int]) -> tuple[np.ndarray, bool]:
+        constraint = start.copy()
+        for token_id in output:
+            if constraint.is_complete or token_id == EOS:
+                return np.ones(320, bool), True
+            if not allowed(constraint.mask)[token_id]:  # which transformers keeps, at -infinity
+                return np.ones(320, bool), False
+            constraint.accept(token_id)
+        return allowed(constraint.mask, 320), constraint.is_complete
+
+    for prompt, width, penalty in ((PROMPTS[0], 4, 1.0), (PROMPTS[1], 7, 0.0)):
+        search = BeamSearchParams(
+            beam_width=width,
+            max_tokens=num_tokens,
+            length_penalty=penalty,
+            early_stopping=early_stopping,
+            structured_outputs=structured,
+        )
+        [output] = llm.beam_search([prompt], search, use_tqdm=False)
+        expected = reference.beam_search(
+            prompt, num_tokens, [EOS], form,
+            num_beams=width, length_penalty=penalty, early_stopping=early_stopping,
+        )  # fmt: skip
+        check(output, expected, penalty)
+        for answer in output.outputs:
+            is_whole = form(answer.token_ids)[1]
+            assert answer.finish_reason == ("stop" if is_whole else "length")
+    if "choice" in options:
+        assert {answer.text for answer in output.outputs} <= {*options["choice"]}
+        assert 1 < len(output.outputs) < width
+
+
 def test_beams_beside_sampling_and_the_best_few(llm: LLM) -> None:
     """What else is in the batch changes nothing; n cuts off."""
     params = BeamSearchParams(beam_width=5, n=2, max_tokens=15)
@@ -104,6 +162,43 @@ def test_temperature_flattens_the_log_probabilities(llm: LLM, reference: TorchMo
     assert [answer.token_ids for answer in output.outputs] == [[i] for i in best]
     for answer, token_id in zip(output.outputs, best, strict=True):
         assert answer.cumulative_logprob == pytest.approx(float(logprobs[token_id]), abs=1e-4)
+
+
+def test_log_probabilities_of_each_token(llm: LLM, reference: TorchModel) -> None:
+    params = BeamSearchParams(beam_width=4, max_tokens=9, logprobs=3)
+    [output] = llm.beam_search([PROMPTS[1]], params, use_tqdm=False)
+    plain = BeamSearchParams(beam_width=4, max_tokens=9)
+    [without] = llm.beam_search([PROMPTS[1]], plain, use_tqdm=False)
+    assert [a.token_ids for a in output.outputs] == [a.token_ids for a in without.outputs]
+    for answer in output.outputs:
+        rows = log_softmax(reference.logits([*PROMPTS[1], *answer.token_ids]))
+        assert answer.logprobs is not None
+        assert len(answer.logprobs) == len(answer.token_ids)
+        for row, token_id, found in zip(
+            rows[len(PROMPTS[1]) - 1 :], answer.token_ids, answer.logprobs, strict=False
+        ):
+            order = np.argsort(-row)
+            assert next(iter(found)) == token_id
+            assert set(found) == {token_id, *order[:3].tolist()}
+            for one, logprob in found.items():
+                assert logprob.logprob == pytest.approx(row[one], abs=1e-4)
+                assert order[logprob.rank - 1] == one
+        assert answer.cumulative_logprob == pytest.approx(total_logprob(answer), abs=1e-4)
+
+
+def test_log_probabilities_under_a_form_are_of_what_may_come(llm: LLM) -> None:
+    form = StructuredOutputsParams(regex="[ab][cd]")
+    params = BeamSearchParams(
+        beam_width=4, max_tokens=3, logprobs=3, temperature=1.5, structured_outputs=form
+    )
+    [output] = llm.beam_search([PROMPTS[0]], params, use_tqdm=False)
+    assert len(output.outputs) > 1
+    for answer in output.outputs:
+        assert answer.logprobs is not None
+        first = sorted(answer.logprobs[0].values(), key=lambda one: one.rank)
+        assert {one.decoded_token for one in first} == {"a", "b"}
+        assert [one.rank for one in first] == [1, 2]
+        assert answer.cumulative_logprob == pytest.approx(total_logprob(answer), abs=1e-4)
 
 
 def test_the_best_of_several_answers(llm: LLM) -> None:

@@ -35,14 +35,24 @@ CASES: dict[str, SamplingParams] = {
     "stop strings": dataclasses.replace(DRAWN, stop=["a", "e", "o"]),
     "logprobs": dataclasses.replace(DRAWN, logprobs=2),
     "best_of": dataclasses.replace(DRAWN, best_of=2),
+    "JSON": dataclasses.replace(
+        DRAWN,
+        structured_outputs=StructuredOutputsParams(
+            json={"type": "array", "items": {"type": "string", "minLength": 3}, "minItems": 9}
+        ),
+    ),
+    "a form with text that is forced, greedy": dataclasses.replace(
+        GREEDY, structured_outputs=StructuredOutputsParams(regex="([a-f]{3} the dog (yes|no) ){9}")
+    ),
+    "a form and penalties": dataclasses.replace(
+        DRAWN,
+        n=2,
+        presence_penalty=0.7,
+        structured_outputs=StructuredOutputsParams(regex="([a-f]{3} the dog )+[0-9]"),
+    ),
 }
 NO_DRAFTS: dict[str, SamplingParams] = {
     "prompt_logprobs": dataclasses.replace(GREEDY, prompt_logprobs=1),
-    "structured": dataclasses.replace(
-        GREEDY,
-        structured_outputs=StructuredOutputsParams(regex="[a-z]{5,9}"),
-        ignore_eos=False,
-    ),
 }
 MODES: list[dict[str, Any]] = [
     {"overlap": False},
@@ -121,7 +131,9 @@ def test_answers_are_those_without_speculation(plain: LLM, speculating: LLM, nam
     alone = speculating.generate([PROMPTS[-1]], CASES[name], use_tqdm=False)
     assert contents(alone) == contents(expected[-1:])
     stats = speculator.stats()
-    assert stats.num_draft_tokens > stats.num_accepted_tokens > 0
+    assert stats.num_accepted_tokens > 0
+    is_wrong = stats.num_draft_tokens > stats.num_accepted_tokens
+    assert is_wrong or CASES[name].structured_outputs  # which excludes most wrong guesses
     of_requests = [output.metrics for output in got + alone]
     assert sum(m.num_accepted_tokens for m in of_requests if m) == stats.num_accepted_tokens
     speculating.engine.scheduler.pool.check_integrity([])

@@ -14,6 +14,39 @@ import transformers
 NEAR_TIE = 1e-4  # float32 engines may order logits differently that are closer than this
 
 
+# Which tokens may follow an output [V] bool, and whether the answer is complete with it.
+Form = Callable[[list[int]], tuple[np.ndarray, bool]]
+NO_ANSWER = -1e6  # transformers subtracts 1e9 from the scores of what is no answer
+
+
+@dataclass(frozen=True)
+class _Form:
+    """A form of answers for transformers' generate. Beams that have ended are kept there, with a
+    score that no other has; they go on as they like."""
+
+    form: Form
+    prompt_len: int
+
+    def options(self) -> dict[str, Any]:
+        """Of generate."""
+        return {
+            "logits_processor": transformers.LogitsProcessorList([self.exclude]),
+            "stopping_criteria": transformers.StoppingCriteriaList([self.is_complete]),
+        }
+
+    def exclude(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """The scores [R, V] with minus infinity for what may not follow ids [R, n]."""
+        rows = []
+        for row in ids.tolist():
+            allowed, is_complete = self.form(row[self.prompt_len :])
+            rows.append(allowed | is_complete)
+        return scores.masked_fill(~torch.tensor(np.stack(rows)), -np.inf)
+
+    def is_complete(self, ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        """Which of ids [R, n] are whole answers; [R] bool."""
+        return torch.tensor([self.form(row[self.prompt_len :])[1] for row in ids.tolist()])
+
+
 @dataclass(frozen=True)
 class TorchModel:
     """A causal model of transformers with plain lists and numpy arrays around it."""
@@ -50,10 +83,16 @@ class TorchModel:
         return tokens
 
     def beam_search(
-        self, prompt: Sequence[int], num_tokens: int, eos_token_ids: Sequence[int], **options: Any
+        self,
+        prompt: Sequence[int],
+        num_tokens: int,
+        eos_token_ids: Sequence[int],
+        form: Form | None = None,
+        **options: Any,
     ) -> list[tuple[list[int], float]]:
         """All answers by transformers' own generate, the best first, with their scores. options:
-        num_beams, length_penalty, early_stopping."""
+        num_beams, length_penalty, early_stopping. form: see _Form; what transformers fills up the
+        answers with, where it finds fewer than num_beams, is left out."""
         ids = torch.tensor([list(prompt)])
         config = transformers.GenerationConfig(
             do_sample=False,
@@ -67,12 +106,16 @@ class TorchModel:
         )
         mask = torch.ones_like(ids)
         with torch.no_grad():
-            out = self.module.generate(ids, generation_config=config, attention_mask=mask)
+            limits = {} if form is None else _Form(form, len(prompt)).options()
+            out = self.module.generate(ids, generation_config=config, attention_mask=mask, **limits)
         answers = []
         for row, score in zip(out.sequences.tolist(), out.sequences_scores.tolist(), strict=True):
             answer = row[len(prompt) :]
             ends = [i + 1 for i, token_id in enumerate(answer) if token_id in eos_token_ids]
-            answers.append((answer[: min(ends, default=len(answer))], score))
+            if form is not None:
+                ends += [i for i in range(1, len(answer) + 1) if form(answer[:i])[1]]
+            if score > NO_ANSWER:
+                answers.append((answer[: min(ends, default=len(answer))], score))
         return answers
 
     def greedy_changed(

@@ -44,13 +44,18 @@ class TextWriter:
             part = self._parts[job.line, completion.index]
             part.pieces.append(completion.text)
             part.is_finished = completion.finished()
+        if output.finished:  # a search may have found fewer answers than were asked for
+            self._finish(job)
         self._write()
 
     def error(self, job: Job, message: str) -> None:
         print(f"jaxllm: error: prompt {job.line}: {message}", file=sys.stderr)
+        self._finish(job)
+        self._write()
+
+    def _finish(self, job: Job) -> None:
         for index in range(job.num_seqs):
             self._parts[job.line, index].is_finished = True
-        self._write()
 
     def _write(self) -> None:
         while self._unfinished:

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from jaxllm.engine.sequence import NO_TOKEN, Batch, Sequence
+from jaxllm.engine.sequence import NO_TOKEN, Batch, Sequence, mask_len
 from jaxllm.sampling_params import SamplingParams
 
 # What a step reads of each sequence. Floats travel bit-cast.
@@ -167,7 +167,8 @@ class BatchPacker:
         fields["seed_high"][slot] = _as_int32(sequence.seed >> 32)
         fields["uses_table"][slot] = uses_table(sequence)
         fields["is_constrained"][slot] = sequence.constraint is not None
-        fields["wants_logprobs"][slot] = _wanted_logprobs(params)
+        is_beam = sequence.num_candidates > 0  # whose log-probabilities are its candidates'
+        fields["wants_logprobs"][slot] = NO_LOGPROBS if is_beam else _wanted_logprobs(params)
         fields["wants_prompt_logprobs"][slot] = params.prompt_logprobs is not None
         stop_ids = sorted(params.all_stop_token_ids(sequence.eos_token_ids))[:MAX_STOP_IDS]
         self._stop_ids[slot] = NO_TOKEN
@@ -298,15 +299,23 @@ def _wanted_logprobs(params: SamplingParams) -> int:
     return CHOSEN_LOGPROBS if params.ranks_answers else NO_LOGPROBS
 
 
-def masks(batch: Batch) -> tuple[list[int], list[np.ndarray]]:
-    """Slots of the sequences whose answers must have a given form and which sample in this step,
-    and which tokens may come next in each."""
+def pack_masks(batch: Batch, bucket: Bucket, vocab_size: int) -> np.ndarray | None:
+    """[S, ceil(V / 32)] int32: which tokens may come in the rows that sample for an answer of a
+    given form. None if there is no such row."""
     constrained = [
-        (s.sequence.slot, s.sequence.constraint.mask)
-        for s in batch.sequences
+        (row, s.sequence.constraint.mask)
+        for row, s in enumerate(batch.sequences)
         if s.sequence.constraint is not None and s.samples
     ]
-    return [slot for slot, _ in constrained], [mask for _, mask in constrained]
+    for _, scheduled, later_rows in batch.draft_rows():
+        if scheduled.sequence.constraint is not None and scheduled.sequence.outlook is not None:
+            constrained += zip(later_rows, scheduled.sequence.outlook.masks, strict=False)
+    if not constrained:
+        return None
+    masks = np.zeros((bucket.num_seqs, mask_len(vocab_size)), np.int32)
+    for row, mask in constrained:
+        masks[row] = mask
+    return masks
 
 
 def is_host_bound(

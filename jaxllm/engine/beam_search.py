@@ -7,34 +7,73 @@ them go on; of those that end only such count as are among the best beam_width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
+from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from jaxllm.beam_search_params import BeamSearchParams
 from jaxllm.config import EngineConfig
+from jaxllm.engine.sequence import Constraint, LogprobRows
 from jaxllm.request_error import RequestError
 
 MAX_CANDIDATES = 256  # of each beam
 
 
+class Beam(Protocol):
+    """What a search needs of a running beam, which is an engine.sequence.Sequence."""
+
+    constraint: Constraint | None
+
+    @property
+    def output_token_ids(self) -> list[int]: ...
+
+
 class Child(NamedTuple):
-    """A beam of the next step: which of the present ones it continues, and the token."""
+    """A beam of the next step: which of the present ones it continues, the token, and what may come
+    after that."""
 
     parent: int
     token_id: int
+    constraint: Constraint | None = None
+
+
+class Trace(NamedTuple):
+    """What is known of a beam's last token, and of those before it. Beams share their past."""
+
+    before: Trace | None
+    logprob: float
+    rank: int  # among the tokens that could have come
+    top_token_ids: np.ndarray  # [n] int32, the likeliest of these
+    top_logprobs: np.ndarray  # [n] float32
 
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """An answer. score: what answers are ordered by. finish_reason None: it could go on."""
+    """An answer. score: what answers are ordered by. finish_reason None: it could go on. trace: if
+    log-probabilities are wanted."""
 
     score: float
     cumulative_logprob: float
     token_ids: list[int]
     finish_reason: str | None
+    trace: Trace | None = None
+
+    def logprob_rows(self) -> LogprobRows:
+        """Of its tokens, which the trace is of."""
+        steps, trace = [], self.trace
+        while trace is not None:
+            steps.append(trace)
+            trace = trace.before
+        steps.reverse()
+        return LogprobRows(
+            np.array([step.logprob for step in steps], np.float32),
+            np.array([step.rank for step in steps], np.int32),
+            np.stack([step.top_token_ids for step in steps]),
+            np.stack([step.top_logprobs for step in steps]),
+        )
 
 
 NOTHING = Hypothesis(0.0, 0.0, [], None)  # in the place of one that was not found
@@ -58,47 +97,75 @@ class BeamSearch:
     def restart(self) -> None:
         """Back to the prompt, which is the only beam."""
         self._scores = np.zeros(1, np.float32)  # of the running beams
+        self._traces: list[Trace | None] = [None]  # of these
         self._ended: list[Hypothesis] = []  # best first, at most beam_width
         self._len = 0
 
     def advance(
         self,
-        token_ids: np.ndarray,  # [R, k] int32, continuations of each of the R running beams
+        beams: AbstractSequence[Beam],  # R
+        token_ids: np.ndarray,  # [R, k] int32, continuations of each beam, best first
         logprobs: np.ndarray,  # [R, k] float32, minus infinity: there is none
-        output: Callable[[int], list[int]],
     ) -> list[Child]:
-        """The beams to go on with, none if the search has ended. output: the tokens of a running
-        beam so far."""
+        """The beams to go on with, none if the search has ended. Raises ValueError as
+        Constraint.accept does."""
         width, self._len = self.params.beam_width, self._len + 1
         totals = (self._scores[:, None] + logprobs).ravel()  # [R k]
         best = np.argsort(-totals, kind="stable")[: self.num_candidates]
         best = best[totals[best] > -np.inf]
         children: list[Child] = []
         scores: list[np.float32] = []
+        traces: list[Trace | None] = []
         ended: list[Hypothesis] = []
         for rank, index in enumerate(best.tolist()):
-            child = Child(index // logprobs.shape[1], int(token_ids.flat[index]))
-            reason = self._finish_reason(child.token_id)
+            if rank >= width and len(children) == width:
+                break
+            parent, place = divmod(index, logprobs.shape[1])
+            child = self._child(beams[parent], parent, int(token_ids[parent, place]))
+            reason = self._finish_reason(child)
+            trace = self._trace(parent, place, token_ids[parent], logprobs[parent])
             if reason is None and len(children) < width:
                 children.append(child)
                 scores.append(totals[index])
+                traces.append(trace)
             elif reason is not None and rank < width:
-                tokens = [*output(child.parent), child.token_id]
-                ended.append(self._hypothesis(totals[index], tokens, reason))
+                tokens = [*beams[parent].output_token_ids, child.token_id]
+                ended.append(self._hypothesis(totals[index], tokens, reason, trace))
         self._ended = _best([*self._ended, *ended], width)
-        self._scores = np.array(scores, np.float32)
+        self._scores, self._traces = np.array(scores, np.float32), traces
         return children if children and self._may_improve() else []
 
-    def _finish_reason(self, token_id: int) -> str | None:
-        if token_id in self._stop_token_ids:
+    def _child(self, beam: Beam, parent: int, token_id: int) -> Child:
+        if beam.constraint is None or token_id in self._stop_token_ids:
+            return Child(parent, token_id)
+        constraint = beam.constraint.copy()
+        constraint.accept(token_id)
+        return Child(parent, token_id, constraint)
+
+    def _finish_reason(self, child: Child) -> str | None:
+        is_complete = child.constraint is not None and child.constraint.is_complete
+        if is_complete or child.token_id in self._stop_token_ids:
             return "stop"
         return "length" if self._len == self._max_len else None
 
+    def _trace(
+        self, parent: int, place: int, token_ids: np.ndarray, logprobs: np.ndarray
+    ) -> Trace | None:
+        """What there is to say of the continuation at a place of a beam's [k], if it is wanted."""
+        num_top = self.params.logprobs
+        if num_top is None:
+            return None
+        found = np.flatnonzero(logprobs[:num_top] > -np.inf)
+        top_ids = np.full(num_top, token_ids[place])  # where fewer could have come: the chosen one
+        top_logprobs = np.full(num_top, logprobs[place])
+        top_ids[found], top_logprobs[found] = token_ids[found], logprobs[found]
+        return Trace(self._traces[parent], float(logprobs[place]), place + 1, top_ids, top_logprobs)
+
     def _hypothesis(
-        self, total: np.float32, token_ids: list[int], reason: str | None
+        self, total: np.float32, token_ids: list[int], reason: str | None, trace: Trace | None
     ) -> Hypothesis:
         return Hypothesis(
-            float(self._score(total, len(token_ids))), float(total), token_ids, reason
+            float(self._score(total, len(token_ids))), float(total), token_ids, reason, trace
         )
 
     def _score(self, total: np.float32, length: int) -> np.float32:
@@ -121,8 +188,8 @@ class BeamSearch:
         running = []
         if outputs is not None:
             running = [
-                self._hypothesis(score, tokens, None)
-                for score, tokens in zip(self._scores, outputs, strict=True)
+                self._hypothesis(score, tokens, None, trace)
+                for score, tokens, trace in zip(self._scores, outputs, self._traces, strict=True)
             ]
         return _best([*self._ended, *running], self.params.num_answers)
 

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from jaxllm.config import EngineConfig
-from jaxllm.engine.batch import uses_table
 from jaxllm.engine.beam_search import NOTHING, Hypothesis
+from jaxllm.engine.forms import forced_tokens
 from jaxllm.engine.intake import Intake
 from jaxllm.engine.request import QueueFullError, Request
 from jaxllm.engine.request_state import RequestState, SequenceState, take_prompt_logprobs
@@ -26,7 +26,6 @@ from jaxllm.engine.sequence import (
     NO_TOKEN,
     NOT_FINITE,
     Batch,
-    Constraint,
     Runner,
     Sequence,
     SequenceStatus,
@@ -270,11 +269,12 @@ class Engine:
                 rows = (row, *later_rows.get(row, ()))
                 if not self._take_row(state, rows, token_ids[row], samples, result):
                     continue
+                if drafts:
+                    self._take_drafts(sequence, len(drafts), token_ids[row])
+                self._take_forced_tokens(state)
             except Exception as error:
                 self._log_fault(request, error)
                 self._finish(state, "error")
-            if drafts:
-                self._take_drafts(sequence, len(drafts), token_ids[row])
             if request.last_step != self.meter.num_steps:
                 request.last_step = self.meter.num_steps
                 touched.append(request)
@@ -289,7 +289,7 @@ class Engine:
         search, leader = request.search, request.sequences[0].sequence
         assert search is not None
         assert result.candidates is not None
-        beams, found = leader.unit, result.candidates
+        found = result.candidates
         try:
             if (result.token_ids[0, rows] == NOT_FINITE).any():
                 if self.scheduler.isolate(leader):
@@ -298,10 +298,9 @@ class Engine:
             if not leader.num_output_tokens:
                 self._count_first_token(request)
                 search.restart()
+            count = max(search.num_candidates, search.params.logprobs or 0)
             children = search.advance(
-                found.token_ids[rows, : search.num_candidates],
-                found.logprobs[rows, : search.num_candidates],
-                lambda beam: beams[beam].output_token_ids,
+                leader.unit, found.token_ids[rows, :count], found.logprobs[rows, :count]
             )
             self.meter.num_generation_tokens += len(children)
             if children:
@@ -323,12 +322,13 @@ class Engine:
         found: list[Hypothesis] = []
         if reason is None:
             found = search.best()
+            request.num_answers = max(1, len(found))
         elif reason != "error" and leader.num_output_tokens:  # else it has not begun, or not again
             found = search.best([beam.output_token_ids for beam in leader.unit])
         self.scheduler.end_search(leader)
         for state in request.sequences:
             hypothesis = found.pop(0) if found else NOTHING
-            state.take_hypothesis(hypothesis)
+            state.take_hypothesis(hypothesis, self.tokenizer)
             self._end(state, hypothesis.finish_reason or reason or "length")
 
     def _take_row(
@@ -374,8 +374,6 @@ class Engine:
             assert result.logprobs is not None
             state.add_logprobs(result.logprobs, row, token_id, self.tokenizer)
         finish_reason = state.append(token_id)
-        if finish_reason is None and sequence.constraint is not None:
-            finish_reason = self._take_forced_tokens(state, sequence.constraint)
         if finish_reason is not None:
             self._finish(state, finish_reason)
         return finish_reason is not None
@@ -385,19 +383,17 @@ class Engine:
             request.first_token_time = time.monotonic()
             self.meter.num_prompt_tokens += len(request.prompt_token_ids)
 
-    def _take_forced_tokens(self, state: SequenceState, constraint: Constraint) -> str | None:
-        """The tokens of which the sequence's form leaves no choice: they need no logits, and their
-        keys and values are computed with those of the token that follows. Not where something is
-        wanted of the logits, or kept of sampled tokens on the device."""
-        sequence = state.sequence
-        if state.is_scored or uses_table(sequence):
-            return None
-        for token_id in constraint.forced():
+    def _take_forced_tokens(self, state: SequenceState) -> None:
+        """Those that come next in an unfinished sequence because its form leaves no choice."""
+        sequence, constraint = state.sequence, state.sequence.constraint
+        if constraint is None or sequence.status is SequenceStatus.FINISHED:
+            return
+        for token_id in forced_tokens(sequence, constraint):
             sequence.expect(1)
             self.meter.num_generation_tokens += 1
             if finish_reason := state.append(token_id):
-                return finish_reason
-        return None
+                self._finish(state, finish_reason)
+                return
 
     def _finish(self, state: SequenceState, reason: str) -> None:
         """Ends one sequence, if it has not ended, or the search that it belongs to."""

@@ -132,6 +132,7 @@ class Holdings:
         leader.beams = [at[number] for number in range(len(parents))]
         for beam, new in zip(leader.beams, children, strict=True):
             beam.token_ids.append(new.token_id)
+            beam.constraint = new.constraint
         alive = set(leader.beams)
         leader.followers = [s for s in (*leader.followers, *beams) if s not in alive]
         for beam in leader.followers:
@@ -164,6 +165,7 @@ class Holdings:
     def forget_output(self, sequence: Sequence) -> None:
         """Of a search: nothing but the prompt is known."""
         sequence.beams = []
+        sequence.constraint = sequence.first_constraint
         del sequence.token_ids[sequence.num_prompt_tokens :]
         del sequence.block_hashes[sequence.num_prompt_tokens // self._block_size :]
 

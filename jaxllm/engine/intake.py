@@ -53,7 +53,10 @@ class Intake:
             wanted = request.params.max_tokens or NOT_LIMITED
             max_num_tokens = min(len(prompt_token_ids) + wanted, self._config.max_model_len)
         constraint = request.constraint
-        host_bound = request.beam_search is not None or is_host_bound(
+        is_search = (
+            request.beam_search is not None
+        )  # whose beams get their constraints as they come
+        host_bound = is_search or is_host_bound(
             request.params, self._eos_token_ids, constraint is not None
         )
         first_id = self._next_sequence_id
@@ -74,7 +77,8 @@ class Intake:
                 max_num_tokens=max_num_tokens,
                 is_host_bound=host_bound,
                 pooling=request.pooling,
-                constraint=None if constraint is None else constraint.copy(),
+                constraint=constraint if is_search or constraint is None else constraint.copy(),
+                first_constraint=constraint if is_search else None,
             )
             for index in range(request.num_sequences)
         ]

@@ -130,14 +130,21 @@ class SequenceState:
         """The smallest is the best; answers that failed come last."""
         return self.sequence.finish_reason == "error", -self.cumulative_logprob
 
-    def take_hypothesis(self, hypothesis: Hypothesis) -> None:
+    def take_hypothesis(self, hypothesis: Hypothesis, strings: TokenStrings | None) -> None:
         """Becomes one of the answers that a search has found; its sequence holds nothing more."""
         sequence = self.sequence
         prompt = self.request.prompt_token_ids
         sequence.token_ids = [*prompt, *hypothesis.token_ids]
         self.cumulative_logprob = hypothesis.cumulative_logprob
-        if hypothesis.finish_reason == "stop":
+        if hypothesis.token_ids and hypothesis.token_ids[-1] in self._stop_ids:
             self._stop_at(hypothesis.token_ids[-1], len(hypothesis.token_ids))
+        num_top = sequence.params.logprobs
+        if hypothesis.trace is not None and num_top is not None:
+            rows = hypothesis.logprob_rows()
+            self.logprobs = [
+                token_logprobs(rows, row, token_id, num_top, strings)
+                for row, token_id in enumerate(hypothesis.token_ids)
+            ]
 
     def flush(self) -> None:
         """The sequence has ended: all its text is text now."""
@@ -188,6 +195,7 @@ class RequestState:
         # Whether its answers are ordered by how likely they are, the best of all that are computed.
         self.returns_best = request.beam_search is not None or request.params.ranks_answers
         self.search: BeamSearch | None = None
+        self.num_answers = request.params.n  # a search may find fewer
         self.num_unfinished = request.num_sequences
         self.first_scheduled_time: float | None = None
         self.first_token_time: float | None = None
@@ -243,7 +251,7 @@ class RequestState:
         answers = self.sequences
         if self.search is None:
             answers = sorted(answers, key=lambda answer: answer.rank)
-        return answers[: self.request.params.n]
+        return answers[: self.num_answers]
 
     def _prompt_logprobs_to_send(
         self, known: list[TokenLogprobs | None], delta: bool

@@ -47,7 +47,7 @@ class Constraint(Protocol):
         """The tokens that come next in any case; they are still to be accepted."""
 
     def copy(self) -> Constraint:
-        """For another answer; before any token was taken."""
+        """For another answer that goes on from here."""
 
 
 @dataclass(eq=False, slots=True)
@@ -83,6 +83,7 @@ class Sequence:
     is_host_bound: bool = False  # yields one token a dispatch, see batch.is_host_bound
     pooling: PoolingParams | None = None  # given: it ends with its prompt, which it embeds
     constraint: Constraint | None = None
+    first_constraint: Constraint | None = None  # of a beam: as it is before any token
     status: SequenceStatus = SequenceStatus.WAITING
     slot: int = -1
     block_table: list[int] = field(default_factory=list)

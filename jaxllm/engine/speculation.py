@@ -16,6 +16,7 @@ from itertools import islice
 
 import numpy as np
 
+from jaxllm.engine.forms import masks_ahead
 from jaxllm.engine.sequence import NOT_LIMITED, Sequence
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,8 @@ MakeRoom = Callable[[Sequence, int], int]
 
 @dataclass(slots=True)
 class Outlook:
-    """What is expected of a sequence. guess: what may follow its first num_seen tokens.
+    """What is expected of a sequence. guess: what may follow its first num_seen tokens. masks: of
+    one with a constraint, what may come after each draft that is to be verified.
 
     rates: how many guesses were right lately, of those that followed a wrong one or none, and of
     those that followed a right one. All guesses count, verified by a step or not: the tokens that
@@ -40,6 +42,7 @@ class Outlook:
     num_seen: int
     tokens: array[int] = field(default_factory=lambda: array("i"))  # the first num_seen
     guess: list[int] = field(default_factory=list)
+    masks: list[np.ndarray] = field(default_factory=list)
     asked_at: int = -1  # num_seen when the proposer was asked last
     rates: list[float] = field(default_factory=lambda: list(FIRST_RATES))
     was_right: bool = False
@@ -184,8 +187,13 @@ class Speculator:
             self._guess_as_planned(plan, make_room)
         drafts = {}
         for sequence, count in plan.items():
-            assert sequence.outlook is not None
-            if guess := sequence.outlook.guess[:count]:
+            outlook = sequence.outlook
+            assert outlook is not None
+            guess = outlook.guess[:count]
+            if sequence.constraint is not None:
+                outlook.masks = masks_ahead(sequence, guess)
+                guess = guess[: len(outlook.masks)]
+            if guess:
                 drafts[sequence.sequence_id] = tuple(guess)
         return drafts
 
@@ -313,8 +321,8 @@ class Speculator:
 
 
 def may_speculate(sequence: Sequence) -> bool:
-    """Whether a step may yield several tokens for it: not where the host says after each of them
-    what may follow, or wants something of each query token, or where others begin in that step."""
-    if sequence.num_candidates or sequence.followers or sequence.constraint is not None:
+    """Whether a step may yield several tokens for it: not where the host wants something of each
+    query token, or where others begin in that step."""
+    if sequence.num_candidates or sequence.followers:
         return False
     return sequence.pooling is None and sequence.params.prompt_logprobs is None

@@ -8,12 +8,13 @@ from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
+from typing import Any
 
 import jax
 import numpy as np
 
 from jaxllm.config import EngineConfig
-from jaxllm.engine.batch import BatchPacker, Bucket, accepted_tokens, masks, table_row
+from jaxllm.engine.batch import BatchPacker, Bucket, accepted_tokens, pack_masks, table_row
 from jaxllm.engine.sequence import (
     Batch,
     CandidateRows,
@@ -21,6 +22,7 @@ from jaxllm.engine.sequence import (
     RunnerFigures,
     Sequence,
     StepResult,
+    mask_len,
 )
 from jaxllm.engine.timeline import Timeline
 from jaxllm.models.decoder import Model, Parameters
@@ -31,8 +33,6 @@ from jaxllm.runtime.huge_pages import use_huge_pages
 from jaxllm.runtime.memory import MemoryPlan, StepMemory
 from jaxllm.runtime.programs import (
     ALLOCATE,
-    MASKS_AT_ONCE,
-    WRITE_MASKS,
     WRITE_ROW,
     StepPrograms,
 )
@@ -71,7 +71,8 @@ class DeviceStep:
     def result(self) -> StepResult:
         """Waits for the tokens and fetches what the batch's sequences asked for."""
         num_seqs = len(self.batch.sequences)
-        params = [s.sequence.params for s in self.batch.sequences]
+        sequences = [scheduled.sequence for scheduled in self.batch.sequences]
+        params = [sequence.params for sequence in sequences if not sequence.num_candidates]
         tokens = np.atleast_2d(np.asarray(self.outputs.tokens))
         if self.batch.num_rows > num_seqs:
             tokens = accepted_tokens(self.batch, tokens[0])
@@ -123,6 +124,7 @@ class ModelRunner:
         self._on_demand = on_demand
         self.timeline: Timeline | None = None  # where steps are recorded
         self._packer = BatchPacker(config.max_num_seqs, config.max_blocks_per_seq)
+        self._unread_masks: dict[int, jax.Array] = {}  # by number of rows
         self._params: tuple[jax.Array, ...] | None = None  # the leaves, see make_step
         self._state: State | None = None
         self._fitting = lru_cache(maxsize=4096)(partial(fitting, self.buckets))
@@ -212,12 +214,14 @@ class ModelRunner:
         with self._compiler.guard():
             for sequence in self._packer.new_table_rows(batch):
                 self._write_table_row(sequence)
-            self._write_masks(batch)
             bucket = self._choose(batch)
             packed = self._packer.pack(batch, self.programs.layouts[bucket])
+            masks: Any = pack_masks(batch, bucket, self.model.config.vocab_size)
+            if masks is None:
+                masks = self._no_masks(bucket.num_seqs)
             packed_time = time.monotonic()
             step = self._program(bucket)
-            self._state, outputs = step(self._params, self._state, packed)
+            self._state, outputs = step(self._params, self._state, packed, masks)
             if self.placement.platform != "cpu":  # there the host reads them where they are
                 outputs.tokens.copy_to_host_async()
         if self.timeline is not None:
@@ -258,15 +262,12 @@ class ModelRunner:
         write = self._program(WRITE_ROW)
         self._state = write(self._state, np.int32(sequence.slot), info, bias)
 
-    def _write_masks(self, batch: Batch) -> None:
-        slots, all_masks = masks(batch)
-        for first in range(0, len(slots), MASKS_AT_ONCE):
-            some = slots[first : first + MASKS_AT_ONCE]
-            padded_slots = np.full(MASKS_AT_ONCE, self.config.max_num_seqs, np.int32)  # none
-            padded_slots[: len(some)] = some
-            rows = np.zeros((MASKS_AT_ONCE, len(all_masks[0])), np.int32)
-            rows[: len(some)] = all_masks[first : first + MASKS_AT_ONCE]
-            self._state = self._program(WRITE_MASKS)(self._state, padded_slots, rows)
+    def _no_masks(self, num_rows: int) -> jax.Array:
+        """On the devices once and for all."""
+        if num_rows not in self._unread_masks:
+            shape = (num_rows, mask_len(self.model.config.vocab_size))
+            self._unread_masks[num_rows] = self.placement.put(np.zeros(shape, np.int32), "masks")
+        return self._unread_masks[num_rows]
 
     def _program(self, name: Hashable) -> jax.stages.Compiled:
         """A program for a step, which may have to wait for it."""

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxllm.config import EngineConfig
 from jaxllm.engine.batch import Bucket, PackedLayout
+from jaxllm.engine.sequence import mask_len
 from jaxllm.models.decoder import Model
 from jaxllm.runtime import kv_cache
 from jaxllm.runtime.buckets import MIN_ROWS, plan_buckets
@@ -25,14 +26,11 @@ from jaxllm.runtime.step import (
     StepOutputs,
     abstract_tables,
     make_step,
-    write_masks,
     write_table_row,
 )
 
 ALLOCATE = "allocate state"
 WRITE_ROW = "write sampling table row"
-WRITE_MASKS = "write masks"
-MASKS_AT_ONCE = 16
 FIRST_PROMPT_TOKENS = 128  # the mixed bucket that is compiled first
 
 
@@ -123,7 +121,7 @@ class StepPrograms:
 
     def all(self) -> list[Program]:
         """Every program, in the order of compilation."""
-        return [self.allocate(), *map(self.step, self.order), self.write_row(), self.write_masks()]
+        return [self.allocate(), *map(self.step, self.order), self.write_row()]
 
     def allocate(self) -> Program:
         """() -> the device state with nothing in it."""
@@ -149,6 +147,7 @@ class StepPrograms:
         """The step of a bucket."""
         layout = self.layouts[bucket]
         packed = self._whole((layout.size,), jnp.int32)
+        masks = self._whole((bucket.num_seqs, mask_len(self.model.config.vocab_size)), jnp.int32)
         leaves = tuple(jax.tree.leaves(self.parameters))
         logprobs = Logprobs(0, 0, 0, 0)  # type: ignore[arg-type]
         candidates = Candidates(0, 0)  # type: ignore[arg-type]
@@ -156,7 +155,7 @@ class StepPrograms:
         out = (_shardings(self.state), jax.tree.map(lambda _: packed.sharding or False, outputs))
         step = make_step(self.model, layout, self.options)
         key = (*self._key, layout)
-        return Program(bucket, step, (leaves, self.state, packed), out, 1, key)
+        return Program(bucket, step, (leaves, self.state, packed, masks), out, 1, key)
 
     def write_row(self) -> Program:
         """write_table_row"""
@@ -168,14 +167,6 @@ class StepPrograms:
         )
         out = _shardings(state)
         return Program(WRITE_ROW, write_table_row, (state, *row), out, 0, self._key)
-
-    def write_masks(self) -> Program:
-        """step.write_masks"""
-        state = self.state
-        slots = self._whole((MASKS_AT_ONCE,), jnp.int32)
-        masks = self._whole((MASKS_AT_ONCE, *state.masks.shape[1:]), jnp.int32)
-        out = _shardings(state)
-        return Program(WRITE_MASKS, write_masks, (state, slots, masks), out, 0, self._key)
 
     @property
     def _key(self) -> tuple[Any, ...]:

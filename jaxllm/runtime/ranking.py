@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -44,16 +45,18 @@ def find_candidates(
     logits: jax.Array,  # [S, V] float32
     temperature: jax.Array,  # [S] float32
     num_candidates: jax.Array,  # [S] int32, 0: not wanted
+    restrict: Callable[[jax.Array], jax.Array],
 ) -> Candidates:
-    """At least so many of each row, if the vocabulary has them. A batch without beams computes
-    nothing."""
+    """At least so many of each row, if it has them. restrict: its logits [S, V] with minus infinity
+    for tokens that must not come; what these have counts in the log-probabilities of the others. A
+    batch without beams computes nothing."""
     num_rows, vocab_size = logits.shape
 
     def find(size: int) -> Candidates:
         scaled = logits / jnp.where(num_candidates > 0, temperature, 1.0)[:, None]
         log_total = jax.nn.logsumexp(scaled, axis=-1, keepdims=True)
         found = min(size, vocab_size)
-        values, token_ids = top_k(scaled, found)
+        values, token_ids = top_k(restrict(scaled), found)
         missing = ((0, 0), (0, MAX_CANDIDATES - found))
         return Candidates(
             jnp.pad(token_ids.astype(jnp.int32), missing),

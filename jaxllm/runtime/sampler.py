@@ -43,11 +43,11 @@ class SamplingInputs(NamedTuple):
 
 
 class SamplingTables(NamedTuple):
-    """What is kept for each slot, with a number or a bit for each token."""
+    """What is kept for each slot, or given for each row, with a number or a bit for each token."""
 
     token_info: jax.Array  # [num_slots, V] int32, see batch.table_row
     logit_bias: jax.Array  # [num_slots, V] float32
-    masks: jax.Array  # [num_slots, ceil(V / 32)] int32, see engine.sequence.Constraint
+    masks: jax.Array  # [S, ceil(V / 32)] int32, of each row; see engine.sequence.Constraint
 
 
 class Logprobs(NamedTuple):
@@ -74,15 +74,16 @@ def sample(
     the pages of large temporaries cost more there than the arithmetic (64 rows: 10 times more).
     """
     num_rows = logits.shape[0]
+    row_numbers = jnp.arange(num_rows)
 
     def whole() -> jax.Array:
-        return _sample_rows(logits, inputs, tables, slots, tokens_before)
+        return _sample_rows(logits, inputs, tables, row_numbers, slots, tokens_before)
 
     def tiled() -> jax.Array:
         def tile(start: jax.Array) -> jax.Array:
             rows, row_inputs, *others = jax.tree.map(
                 lambda x: jax.lax.dynamic_slice_in_dim(x, start, ROW_TILE),
-                (logits, inputs, slots, tokens_before),
+                (logits, inputs, row_numbers, slots, tokens_before),
             )
             return _sample_rows(rows, row_inputs, tables, *others)
 
@@ -97,6 +98,7 @@ def _sample_rows(
     logits: jax.Array,
     inputs: SamplingInputs,
     tables: SamplingTables,
+    row_numbers: jax.Array,
     slots: jax.Array,
     tokens_before: jax.Array | None,
 ) -> jax.Array:
@@ -110,8 +112,7 @@ def _sample_rows(
         return jnp.where(inputs.uses_table[:, None] > 0, changed, logits)
 
     def with_mask(logits: jax.Array) -> jax.Array:
-        applies = (inputs.is_constrained > 0)[:, None]
-        return apply_mask(logits, jnp.where(applies, tables.masks[slots], -1))
+        return apply_masks(logits, inputs.is_constrained, tables.masks[row_numbers])
 
     logits = jax.lax.cond(jnp.any(inputs.uses_table > 0), with_table, lambda x: x, logits)
     logits = jax.lax.cond(jnp.any(inputs.is_constrained > 0), with_mask, lambda x: x, logits)
@@ -146,10 +147,15 @@ def apply_table(
     return logits - column(inputs.presence_penalty) * (count > 0)
 
 
-def apply_mask(logits: jax.Array, masks: jax.Array) -> jax.Array:
-    """Logits [S, V], minus infinity where the token's bit of masks [S, ceil(V / 32)] is 0."""
-    bits = (masks[:, :, None] >> jnp.arange(32)) & 1  # [S, ceil(V / 32), 32]
-    return jnp.where(bits.reshape(masks.shape[0], -1)[:, : logits.shape[1]], logits, -jnp.inf)
+def apply_masks(
+    logits: jax.Array,  # [S, V]
+    is_constrained: jax.Array,  # [S] int32
+    masks: jax.Array,  # [S, ceil(V / 32)] int32
+) -> jax.Array:
+    """Logits, in constrained rows minus infinity where the token's bit is 0."""
+    words = jnp.where((is_constrained > 0)[:, None], masks, -1)
+    bits = (words[:, :, None] >> jnp.arange(32)) & 1  # [S, ceil(V / 32), 32]
+    return jnp.where(bits.reshape(words.shape[0], -1)[:, : logits.shape[1]], logits, -jnp.inf)
 
 
 def draw(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:

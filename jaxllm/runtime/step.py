@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxllm.config import ModelConfig
 from jaxllm.engine.batch import FLOAT_FIELDS, ROW_FIELDS, PackedLayout
-from jaxllm.engine.sequence import NOT_FINITE, ON_DEVICE, mask_len
+from jaxllm.engine.sequence import NOT_FINITE, ON_DEVICE
 from jaxllm.models.decoder import Model, Parameters
 from jaxllm.runtime import kv_cache, ranking, sampler
 from jaxllm.runtime.drafts import DraftChains
@@ -34,7 +34,6 @@ class State(NamedTuple):
     last_tokens: jax.Array  # [num_slots] int32, what each slot's sequence sampled last
     token_info: jax.Array  # [num_slots, V] int32, see batch.table_row
     logit_bias: jax.Array  # [num_slots, V] float32
-    masks: jax.Array  # [num_slots, ceil(V / 32)] int32, see engine.sequence.Constraint
     hidden_sums: jax.Array  # [num_slots, E] float32, see pooling.pool_hidden
 
 
@@ -45,7 +44,6 @@ def abstract_tables(config: ModelConfig, num_slots: int) -> tuple[jax.ShapeDtype
         jax.ShapeDtypeStruct((num_slots,), jnp.int32),
         jax.ShapeDtypeStruct(by_token, jnp.int32),
         jax.ShapeDtypeStruct(by_token, jnp.float32),
-        jax.ShapeDtypeStruct((num_slots, mask_len(config.vocab_size)), jnp.int32),
         jax.ShapeDtypeStruct((num_slots, config.hidden_size), jnp.float32),
     )
 
@@ -69,9 +67,10 @@ class StepOptions(NamedTuple):
 
 def make_step(
     model: Model, layout: PackedLayout, options: StepOptions
-) -> Callable[[tuple[jax.Array, ...], State, jax.Array], tuple[State, StepOutputs]]:
-    """step(leaves, state, packed) -> (state, outputs) for one bucket.
+) -> Callable[[tuple[jax.Array, ...], State, jax.Array, jax.Array], tuple[State, StepOutputs]]:
+    """step(leaves, state, packed, masks) -> (state, outputs) for one bucket.
 
+    masks: [S, ceil(V / 32)] int32, what may come in constrained rows, see sequence.Constraint.
     leaves: those of the parameters' tree, in its order. A call touches each node of its arguments,
     and between two steps none of them is in the processor's cache: a nested dict of 270 leaves
     costs half a millisecond more than a tuple of them.
@@ -79,13 +78,13 @@ def make_step(
     tree = jax.tree.structure(model.stored_parameters())
 
     def step(
-        leaves: tuple[jax.Array, ...], state: State, packed: jax.Array
+        leaves: tuple[jax.Array, ...], state: State, packed: jax.Array, masks: jax.Array
     ) -> tuple[State, StepOutputs]:
         params = jax.tree.unflatten(tree, leaves)
         batch = unpack(packed, layout)
         kv_pool = kv_cache.copy_blocks(state.kv_pool, batch["copies"], batch["counts"][1])
         state = state._replace(kv_pool=kv_pool)
-        compute = partial(_compute, model, params, layout, options)
+        compute = partial(_compute, model, params, layout, options, masks)
         if layout.max_steps > 1:
             return _decode_several(compute, state, batch, layout)
         return compute(state, batch)
@@ -98,6 +97,7 @@ def _compute(
     params: Parameters,
     layout: PackedLayout,
     options: StepOptions,
+    masks: jax.Array,
     state: State,
     batch: dict[str, jax.Array],
 ) -> tuple[State, StepOutputs]:
@@ -121,7 +121,7 @@ def _compute(
     inputs = SamplingInputs(**{name: batch[name] for name in SamplingInputs._fields})
     is_beam = batch["num_candidates"] > 0  # its token is chosen by the host, so it is not drawn
     inputs = inputs._replace(temperature=jnp.where(is_beam, 0.0, inputs.temperature))
-    tables = SamplingTables(state.token_info, state.logit_bias, state.masks)
+    tables = SamplingTables(state.token_info, state.logit_bias, masks)
     chains = DraftChains.of(batch, layout.max_drafts)
     tokens = sampler.sample(logits, inputs, tables, batch["slots"], chains.tokens_before)
     logprobs = jax.lax.switch(
@@ -134,12 +134,16 @@ def _compute(
     )
     pooled, hidden_sums = pool_hidden(hidden, rows, batch, state.hidden_sums)
     is_finite = jnp.all(jnp.isfinite(logits), axis=-1)  # [S]
+
+    def restrict(logits: jax.Array) -> jax.Array:
+        return sampler.apply_masks(logits, batch["is_constrained"], masks)
+
     outputs = StepOutputs(
         jnp.where(is_finite, tokens, NOT_FINITE),
         pooled,
         logprobs,
         _prompt_logprobs(model, params, hidden, token_ids, rows, batch, layout),
-        ranking.find_candidates(logits, batch["temperature"], batch["num_candidates"]),
+        ranking.find_candidates(logits, batch["temperature"], batch["num_candidates"], restrict),
     )
     state = state._replace(kv_pool=kv_pool, hidden_sums=hidden_sums)
     return _next_state(state, batch, tokens, chains), outputs
@@ -237,12 +241,6 @@ def write_table_row(state: State, slot: jax.Array, info: jax.Array, bias: jax.Ar
         token_info=state.token_info.at[slot].set(info),
         logit_bias=state.logit_bias.at[slot].set(bias),
     )
-
-
-def write_masks(state: State, slots: jax.Array, masks: jax.Array) -> State:
-    """The state with the masks of slots [n] replaced by masks [n, ceil(V / 32)]; those of slots
-    outside it are passed over."""
-    return state._replace(masks=state.masks.at[slots].set(masks, mode="drop"))
 
 
 def _known_or_sampled(token_ids: jax.Array, slots: jax.Array, last_tokens: jax.Array) -> jax.Array:

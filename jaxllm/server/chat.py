@@ -134,23 +134,24 @@ def _tool_choice(choice: NamedToolChoice | ToolChoiceMode | None) -> ToolChoice:
 def _search(
     body: ChatRequest, context: ServerContext, form: AnswerFormat
 ) -> BeamSearchParams | None:
-    structured: dict[str, Any] = {}
-    if form.structured is not None:
-        structured = {form.structured.source: form.structured}
     return search_params(
         body,
         body,
         context,
         max_tokens=body.longest,
-        logprobs=body.logprobs or None,
+        logprobs=_num_logprobs(body),
         skip_special_tokens=form.sampling.get("skip_special_tokens"),
-        **structured,
+        structured_outputs=form.structured,
     )
+
+
+def _num_logprobs(body: ChatRequest) -> int | None:
+    return (body.top_logprobs or 0) if body.logprobs else None
 
 
 def _params(body: ChatRequest, context: ServerContext, form: AnswerFormat) -> SamplingParams:
     other: dict[str, Any] = {
-        "logprobs": (body.top_logprobs or 0) if body.logprobs else None,
+        "logprobs": _num_logprobs(body),
         "best_of": body.best_of,
     }
     return sampling_params(

@@ -21,6 +21,7 @@ from jaxllm.server.logprobs import CompletionLogprobs, prompt_logprobs_body
 from jaxllm.server.replies import Reply, StreamedFields
 from jaxllm.server.response_format import ResponseFormat, WantedForm
 from jaxllm.server.sampling import only, sampling_params
+from jaxllm.structured_outputs import StructuredOutputsParams
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -85,17 +86,19 @@ def _search(
         max_tokens=DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
         num_prompts=num_prompts,
         logprobs=body.logprobs,
-        response_format=body.response_format,
-        structured_outputs=body.structured_outputs,
+        structured_outputs=_wanted_form(body),
     )
 
 
+def _wanted_form(body: CompletionRequest) -> StructuredOutputsParams | None:
+    return WantedForm(body.response_format, body.structured_outputs).structured()
+
+
 def _params(body: CompletionRequest, context: ServerContext, num_prompts: int) -> SamplingParams:
-    wanted = WantedForm(body.response_format, body.structured_outputs)
     other: dict[str, Any] = {
         "logprobs": body.logprobs,
         "best_of": body.best_of,
-        "structured_outputs": wanted.structured(),
+        "structured_outputs": _wanted_form(body),
     }
     if body.echo and body.logprobs is not None:
         other["prompt_logprobs"] = body.logprobs
@@ -118,6 +121,8 @@ def _check_combinations(body: CompletionRequest, num_prompts: int) -> None:
     body.check_best(body.stream, body.n)
     if body.stream and body.echo and body.logprobs is not None:
         raise ApiError(400, "logprobs of an echoed prompt cannot be streamed", param="logprobs")
+    if body.echo and body.logprobs is not None and body.use_beam_search:
+        raise ApiError(400, "logprobs of an echoed prompt: not with beam search", param="logprobs")
     if body.echo and body.logprobs is not None and body.prompt_logprobs is not None:
         raise ApiError(
             400, "echo with logprobs gives the prompt's already", param="prompt_logprobs"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from copy import copy as shallow_copy
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -56,13 +57,14 @@ class Constraint:
         return [] if self.is_complete else self._matcher.compute_ff_tokens()
 
     def copy(self) -> Constraint:
-        """For another answer; before any token was taken."""
-        return Constraint(self._matcher.deep_copy(), self._vocab_size, self._source, self.mask)
+        """For another answer that goes on from here."""
+        other = Constraint(self._matcher.deep_copy(), self._vocab_size, self._source, self.mask)
+        other.is_complete = self.is_complete
+        return other
 
     def _next(self) -> np.ndarray:
-        mask = np.zeros(mask_len(self._vocab_size), np.int32)
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)[: mask.nbytes]
-        mask.view(np.uint8)[: len(bits)] = bits
+        bits = self._matcher.compute_bitmask()
+        mask = np.frombuffer(bits, np.int32, mask_len(self._vocab_size))
         self._check()
         if not mask.any():
             raise FormError(self._source, "no token of this model continues the answer")
@@ -102,8 +104,10 @@ class AfterReasoning:
         return self._constraint.forced() if self._has_begun else []
 
     def copy(self) -> AfterReasoning:
-        """For another answer; before any token was taken."""
-        return AfterReasoning(self._constraint.copy(), self._tokenizer)
+        """For another answer that goes on from here."""
+        other = shallow_copy(self)
+        other._constraint = self._constraint.copy()
+        return other
 
 
 class ConstraintMaker:

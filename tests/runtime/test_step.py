@@ -10,6 +10,7 @@ import pytest
 
 from jaxllm.config import ModelConfig, RopeConfig
 from jaxllm.engine.batch import Bucket, PackedLayout
+from jaxllm.engine.sequence import mask_len
 from jaxllm.models.decoder import LayerLoop, Model
 from jaxllm.runtime.kv_cache import abstract_pool
 from jaxllm.runtime.step import State, StepOptions, abstract_tables, make_step
@@ -39,7 +40,8 @@ def jitted_step(
     )
     step = jax.jit(make_step(model, layout, StepOptions(attention)), donate_argnums=1)
     packed = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
-    return step, (tuple(jax.tree.leaves(model.abstract_parameters())), state, packed)
+    masks = jax.ShapeDtypeStruct((bucket.num_seqs, mask_len(CONFIG.vocab_size)), jnp.int32)
+    return step, (tuple(jax.tree.leaves(model.abstract_parameters())), state, packed, masks)
 
 
 @pytest.mark.parametrize(("bucket", "max_steps"), [(DECODE, 1), (DECODE, 4), (MIXED, 1)])
@@ -77,7 +79,7 @@ def test_the_sums_of_embeddings_are_not_copied(bucket: Bucket) -> None:
         state.kv_pool,
         *(jax.ShapeDtypeStruct((num_slots, *leaf.shape[1:]), leaf.dtype) for leaf in state[1:]),  # type: ignore[arg-type]
     )
-    compiled = step.lower(arguments[0], state, arguments[2]).compile()
+    compiled = step.lower(arguments[0], state, *arguments[2:]).compile()
     sums = f"f32[{num_slots},{CONFIG.hidden_size}]"
     instructions = [line.split(" = ") for line in compiled.as_text().splitlines() if " = " in line]
     made = [code.split("(")[0].split()[-1] for _, code in instructions if code.startswith(sums)]

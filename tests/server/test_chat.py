@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from typing import Any
 
@@ -143,6 +144,33 @@ def test_beam_search_and_best_of_return_the_likeliest(
         assert [choice.index for choice in reply.choices] == [0, 1]
         if texts is not None:
             assert [choice.message.content for choice in reply.choices] == texts
+
+
+def test_beams_of_a_form_with_their_log_probabilities(client: openai.OpenAI) -> None:
+    colour = {"type": "object", "properties": {"colour": {"enum": ["red", "green", "blue"]}}}
+    reply = client.chat.completions.create(
+        model="tiny",
+        messages=MESSAGES,
+        n=3,
+        max_tokens=30,
+        logprobs=True,
+        top_logprobs=1,
+        response_format={
+            "type": "json_schema",
+            "json_schema": {"name": "c", "schema": {**colour, "required": ["colour"]}},
+        },
+        extra_body={"use_beam_search": True, "best_of": 6},
+    )
+    colours = [json.loads(choice.message.content or "")["colour"] for choice in reply.choices]
+    assert set(colours) <= {"red", "green", "blue"}
+    sums = [
+        sum(token.logprob for token in (choice.logprobs and choice.logprobs.content) or [])
+        for choice in reply.choices
+    ]
+    lengths = [len((c.logprobs and c.logprobs.content) or []) for c in reply.choices]
+    scores = [total / length for total, length in zip(sums, lengths, strict=True)]
+    assert scores == sorted(scores, reverse=True)
+    assert max(sums) < 0
 
 
 def test_stop_logit_bias_and_token_lists_reach_the_engine(

@@ -10,7 +10,7 @@ import openai
 import pytest
 from server_on_a_thread import RunningServer
 
-from jaxllm import BeamSearchParams, RequestOutput, SamplingParams
+from jaxllm import BeamSearchParams, RequestOutput, SamplingParams, StructuredOutputsParams
 
 PROMPTS = ["The quick brown", "Once upon a time"]
 GREEDY: Any = {"temperature": 0, "max_tokens": 10, "extra_body": {"ignore_eos": True}}
@@ -160,10 +160,10 @@ def test_sixteen_tokens_are_the_default(client: openai.OpenAI) -> None:
                 ({"top_p": 0.9}, "top_p"),
                 ({"seed": 1}, "seed"),
                 ({"stop": ["a"]}, "stop"),
-                ({"logprobs": 1}, "logprobs"),
+                ({"logprobs": 1, "echo": True}, "logprobs"),
                 ({"prompt_logprobs": 1}, "prompt_logprobs"),
                 ({"presence_penalty": 0.5}, "presence_penalty"),
-                ({"response_format": {"type": "json_object"}}, "response_format"),
+                ({"structured_outputs": {"regex": "("}}, "structured_outputs"),
                 ({"early_stopping": "later"}, "early_stopping"),
                 ({"max_tokens": 0, "echo": True}, "max_tokens"),
             )
@@ -199,10 +199,12 @@ def test_what_is_wrong_is_named(server: RunningServer, body: Any, param: str | N
     [
         {"n": 4, "length_penalty": 0.5, "early_stopping": "never"},
         {"n": 2, "best_of": 5, "top_p": 1.0, "presence_penalty": 0, "ignore_eos": True},
+        {"n": 3, "logprobs": 2, "structured_outputs": {"regex": "[a-f]{2}-[0-9]+"}},
     ],
     ids=str,
 )
 def test_beam_search(server: RunningServer, fields: dict[str, Any]) -> None:
+    form = fields.get("structured_outputs")
     search = BeamSearchParams(
         beam_width=fields.get("best_of", fields["n"]),
         n=fields["n"],
@@ -210,6 +212,8 @@ def test_beam_search(server: RunningServer, fields: dict[str, Any]) -> None:
         length_penalty=fields.get("length_penalty", 1.0),
         early_stopping=fields.get("early_stopping", False),
         ignore_eos=fields.get("ignore_eos", False),
+        logprobs=fields.get("logprobs"),
+        structured_outputs=form and StructuredOutputsParams(**form),
     )
     expected = [server.call(server.engine.beam_search(prompt, search)) for prompt in PROMPTS]
     body = {"prompt": PROMPTS, "use_beam_search": True, "max_tokens": 10, **fields}
@@ -220,6 +224,10 @@ def test_beam_search(server: RunningServer, fields: dict[str, Any]) -> None:
     assert [choice["index"] for choice in choices] == list(range(2 * fields["n"]))
     assert [choice["text"] for choice in choices] == [answer.text for answer in answers]
     assert [c["finish_reason"] for c in choices] == [a.finish_reason for a in answers]
+    for choice, answer in zip(choices, answers, strict=True):
+        found = choice["logprobs"] and sum(choice["logprobs"]["token_logprobs"])
+        wanted = answer.cumulative_logprob if "logprobs" in fields else None
+        assert found == pytest.approx(wanted, abs=1e-4)
     server.wait_idle()
 
 
