@@ -89,6 +89,9 @@ def test_a_draft_model_leaves_less_for_two_pools() -> None:
     left = 32 * GB - 32 * GB // 25 - others - 2 * GB - num_programs * 10**6
     assert config.num_blocks == left // (BLOCK + SMALL_BLOCK)
     assert len(compiler.measured) == 2 * 4
+    given = {"kv_cache_memory_bytes": 2 * GB, "speculative": "draft:small"}
+    config, _ = sized(1, with_draft=True, **given)
+    assert config.num_blocks == 2 * GB // (BLOCK + SMALL_BLOCK)
 
 
 def config_buckets(config: Any) -> tuple[Any, ...]:

@@ -136,7 +136,6 @@ class DraftModel(Proposer):
             if start == end:
                 break
             self._write(reader, end)
-            self._remember(reader)
             rows.append(ScheduledSequence(reader, start, end - start, int(end == num_tokens)))
             budget -= end - start
         return Batch(rows, sum(row.num_tokens for row in rows), num_decodes=0)
@@ -162,12 +161,14 @@ class DraftModel(Proposer):
         return batch, handle
 
     def _write(self, reader: Sequence, end: int) -> None:
-        """A step computes the tokens up to end: nobody finds what was in their blocks before."""
+        """A step computes the tokens up to end: from now on others find this in their blocks, and
+        not what was there before."""
         first = reader.num_computed_tokens // self._config.block_size
         for block in reader.block_table[first : -(-end // self._config.block_size)]:
             self._content.pop(block, None)
         reader.num_registered_blocks = min(reader.num_registered_blocks, first)
         reader.num_computed_tokens = end
+        self._remember(reader)
 
     def _remember(self, reader: Sequence) -> None:
         """The content of its full blocks, for others that hold them too, or will."""

@@ -150,7 +150,7 @@ class Speculator:
 
     max_drafts: of a sequence in a step. row_cost: what one more token in a step costs, in steps of
     a single token. max_rows: how many rows a step can have now; None: what the scheduler allows.
-    has_failed: the proposer raised something, and is not asked any more.
+    proposer: what is asked; no more once it has_failed, which is that it raised something.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class Speculator:
         row_cost: float,
         max_rows: Callable[[], int] | None = None,
     ) -> None:
-        self._proposer = proposer
+        self.proposer = proposer
         self._max_drafts = max_drafts
         self._row_cost = row_cost
         self._max_rows = max_rows
@@ -183,7 +183,7 @@ class Speculator:
         so many drafts, and returns for how many there are any."""
         plan = self._plan(running, num_spare_rows)
         plan = {s: count for s, count in plan.items() if not s.num_pending}
-        if self._proposer.cost and plan:
+        if self.proposer.cost and plan:
             self._guess_as_planned(plan, make_room)
         drafts = {}
         for sequence, count in plan.items():
@@ -215,7 +215,7 @@ class Speculator:
 
     def reset(self) -> None:
         """Nothing on the device is relied on any more."""
-        self._proposer.reset()
+        self.proposer.reset()
 
     def _plan(
         self, running: AbstractSequence[Sequence], num_spare_rows: int
@@ -235,7 +235,7 @@ class Speculator:
         step_cost = 1 + self._row_cost * (num_rows - 1)
         plan: dict[Sequence, int] = {}
         for count in range(1, self._max_drafts + 1):
-            guess_cost = self._proposer.cost * (1 + self._row_cost * (len(going) - 1))
+            guess_cost = self.proposer.cost * (1 + self._row_cost * (len(going) - 1))
             cost, expected = step_cost + guess_cost, num_expected
             deeper: list[tuple[Sequence, Iterator[float]]] = []
             for sequence, chances in going:
@@ -257,7 +257,7 @@ class Speculator:
         self, running: AbstractSequence[Sequence]
     ) -> list[tuple[Sequence, Iterator[float]]]:
         """Those that decode and may have drafts, with the chances of as many as they may have."""
-        proposer, sequences = self._proposer, []
+        proposer, sequences = self.proposer, []
         for sequence in () if self.has_failed else running:
             is_decoding = sequence.num_computed_tokens == sequence.num_tokens - 1
             if not is_decoding or not may_speculate(sequence):
@@ -275,9 +275,9 @@ class Speculator:
     def _chances(self, sequence: Sequence) -> Iterator[float]:
         outlook, num_tokens = sequence.outlook, sequence.num_tokens
         assert outlook is not None
-        max_len = min(sequence.max_num_tokens - 1, self._proposer.max_len)
+        max_len = min(sequence.max_num_tokens - 1, self.proposer.max_len)
         most = max(0, min(self._max_drafts, max_len - num_tokens))
-        if self._proposer.cost:  # asked when all tokens are known
+        if self.proposer.cost:  # asked when all tokens are known
             return outlook.chances(most)
         num_pending = sequence.num_pending
         return islice(
@@ -314,7 +314,7 @@ class Speculator:
             logger.error("no more drafts, since making them failed", exc_info=error)
 
     def _ask(self, sequences: list[Sequence], count: int) -> None:
-        guesses = self._proposer.propose(sequences, count)
+        guesses = self.proposer.propose(sequences, count)
         for sequence, guess in zip(sequences, guesses, strict=True):
             assert sequence.outlook is not None
             sequence.outlook.guess = guess

@@ -63,6 +63,25 @@ def test_what_was_not_computed_comes_first_and_then_one_dispatch() -> None:
     assert sequence.num_tokens == 11
 
 
+def test_what_follows_a_wrong_guess_is_computed_again() -> None:
+    model, runner = draft_model()
+    sequence = decoding(PROMPT.copy(), [5, 2, 9, 1])
+    model.propose([sequence], 3)
+    sequence.token_ids += ids("zzz")  # of which none was guessed
+    assert model.propose([sequence], 1) == [said(sequence, 1)]
+    assert computed(runner)[2:] == [(3, 1)]
+
+
+def test_a_block_is_shared_again_after_its_last_token_was_computed_again() -> None:
+    model, runner = draft_model()
+    one = decoding(PROMPT[:8], [5, 2, 9])
+    model.propose([one], 1)
+    model.propose([one], 1)  # nothing has come meanwhile
+    model.propose([one], 1)
+    model.propose([decoding(PROMPT[:8] + ids("zz"), [5, 2, 7], number=1)], 1)
+    assert computed(runner) == [(8, 1), (1, 1), (1, 1), (2, 1)]
+
+
 def test_after_guesses_that_were_all_right_two_tokens_are_new() -> None:
     model, runner = draft_model()
     sequence = decoding(PROMPT.copy(), [5, 2, 9, 1])

@@ -45,6 +45,16 @@ def chains_of(drafts: np.ndarray) -> tuple[DraftChains, np.ndarray]:
     return DraftChains.of(batch, MAX_DRAFTS), before
 
 
+def inputs_of(seeds: np.ndarray, depth: Any, options: dict[str, Any]) -> SamplingInputs:
+    """Of rows with these seeds, so many tokens after the last known one."""
+    fields = {name: options.get(name, DEFAULTS.get(name, 0)) for name in SamplingInputs._fields}
+    fields |= {"seed_low": seeds, "output_lens": depth, "uses_table": 1}
+    kinds = {name: jnp.int32 if name in INT_FIELDS else jnp.float32 for name in fields}
+    return SamplingInputs(
+        *(jnp.broadcast_to(jnp.asarray(fields[n], kinds[n]), len(seeds)) for n in fields)
+    )
+
+
 def says(drafts: np.ndarray, **options: Any) -> tuple[np.ndarray, np.ndarray]:
     """What N sequences with seeds 0 .. N - 1 say in one step, [N, 1 + MAX_DRAFTS], NO_TOKEN where
     it is less; and how often that was counted, [N, V]. The model's next logits depend on the last
@@ -54,16 +64,7 @@ def says(drafts: np.ndarray, **options: Any) -> tuple[np.ndarray, np.ndarray]:
     num_rows = len(before)
     depth = np.arange(num_rows) // num_seqs
     slots = np.arange(num_rows) % num_seqs
-    fields = {name: options.get(name, DEFAULTS.get(name, 0)) for name in SamplingInputs._fields}
-    fields |= {"seed_low": slots, "output_lens": depth, "uses_table": 1}
-    inputs = SamplingInputs(
-        *(
-            jnp.broadcast_to(
-                jnp.asarray(value, jnp.int32 if name in INT_FIELDS else jnp.float32), num_rows
-            )
-            for name, value in fields.items()
-        )
-    )
+    inputs = inputs_of(slots, depth, options)
     info = np.zeros((num_seqs, VOCAB), np.int32)
     info[:, STOP] |= IS_STOP
     bias = np.zeros((num_seqs, VOCAB), np.float32)
@@ -90,6 +91,21 @@ def likely_drafts(seed: int) -> np.ndarray:
     return np.stack(drafts, axis=1)
 
 
+def drawn_drafts(table: np.ndarray) -> np.ndarray:
+    """[NUM_SEQS, MAX_DRAFTS], what a draft model with this table says of the same seeds."""
+    seeds, last = np.arange(NUM_SEQS), np.full(NUM_SEQS, LAST)
+    drafts = []
+    for depth in range(MAX_DRAFTS):
+        inputs = inputs_of(seeds, depth, {})
+        weights = sampler.token_weights(jnp.asarray(table[last]), inputs)
+        last = np.asarray(sampler._draw_from(weights, sampler._uniforms(inputs)))
+        drafts.append(last)
+    return np.stack(drafts, axis=1)
+
+
+SIMILAR = TABLE + np.random.default_rng(2).normal(size=TABLE.shape).astype(np.float32) / 2
+
+
 def expected(context: list[int], **options: Any) -> np.ndarray:
     names = ("temperature", "top_k", "top_p", "min_p")
     filters = {name: options[name] for name in names if name in options}
@@ -111,12 +127,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("drafts", [likely_drafts(0), drawn_drafts(SIMILAR)], ids=["any", "drawn"])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_the_distribution_is_that_of_the_model(name: str) -> None:
+def test_the_distribution_is_that_of_the_model(name: str, drafts: np.ndarray) -> None:
     """For each text so far that drafts can lead to, the next token is drawn from the model's
-    distribution after it, computed from the formulas."""
+    distribution after it, computed from the formulas. Even where drafts were drawn with the same
+    random numbers, from a similar distribution."""
     options = OPTIONS[name]
-    said, _ = says(likely_drafts(0), **options)
+    said, _ = says(drafts, **options)
     num_contexts = 0
     for depth in range(3):
         for context in np.unique(said[:, :depth], axis=0).tolist():
@@ -138,6 +156,15 @@ def test_a_draft_is_accepted_as_often_as_it_is_likely() -> None:
     said, _ = says(np.full((NUM_SEQS, MAX_DRAFTS), 3))
     wanted = expected([])[3]
     assert abs((said[:, 1] != NO_TOKEN).mean() - wanted) < 4 * np.sqrt(wanted / NUM_SEQS)
+
+
+def test_drafts_drawn_with_the_same_random_numbers_are_accepted_more_often() -> None:
+    accepted = [
+        (says(drafts)[0][:, 1] != NO_TOKEN).mean()
+        for drafts in (drawn_drafts(TABLE), drawn_drafts(SIMILAR), likely_drafts(0))
+    ]
+    assert accepted[0] == 1
+    assert 0.99 > accepted[1] > accepted[2] + 0.2
 
 
 @pytest.mark.parametrize("name", OPTIONS)
