@@ -122,7 +122,9 @@ def test_answers_are_those_without_speculation(plain: LLM, speculating: LLM, nam
     alone = speculating.generate([PROMPTS[-1]], CASES[name], use_tqdm=False)
     assert contents(alone) == contents(expected[-1:])
     stats = speculator.stats()
-    assert stats.num_draft_tokens > stats.num_accepted_tokens > 0
+    assert stats.num_accepted_tokens > 0
+    is_wrong = stats.num_draft_tokens > stats.num_accepted_tokens
+    assert is_wrong or CASES[name].structured_outputs  # which excludes most wrong guesses
     of_requests = [output.metrics for output in got + alone]
     assert sum(m.num_accepted_tokens for m in of_requests if m) == stats.num_accepted_tokens
     speculating.engine.scheduler.pool.check_integrity([])
