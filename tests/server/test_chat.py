@@ -147,17 +147,22 @@ def test_beam_search_and_best_of_return_the_likeliest(
 
 
 def test_beams_of_a_form_with_their_log_probabilities(client: openai.OpenAI) -> None:
-    colour = {"type": "object", "properties": {"colour": {"enum": ["red", "green", "blue"]}}}
+    colour = {
+        "type": "object",
+        "properties": {"colour": {"enum": ["red", "green", "blue"]}},
+        "required": ["colour"],
+        "additionalProperties": False,
+    }
     reply = client.chat.completions.create(
         model="tiny",
         messages=MESSAGES,
         n=3,
-        max_tokens=30,
+        max_tokens=100,
         logprobs=True,
         top_logprobs=1,
         response_format={
             "type": "json_schema",
-            "json_schema": {"name": "c", "schema": {**colour, "required": ["colour"]}},
+            "json_schema": {"name": "c", "schema": colour},
         },
         extra_body={"use_beam_search": True, "best_of": 6},
     )
