@@ -49,7 +49,7 @@ def test_bytes_by_hand() -> None:
     plan = plan_for("v6e", 1, max_model_len=8192)
     assert plan.parameters == 2 * LLAMA_PARAMETERS
     assert plan.block == 16 * 32 * 2 * 8 * 128 * 2  # tokens x layers x (k, v) x heads x size x 2
-    tables = 64 * 128256 * 8 + 64 * 128256 // 8 + 64 * 4096 * 4 + 64 * 4
+    tables = 64 * 128256 * 8 + 64 * 4096 * 4 + 64 * 4
     assert plan.state == tables
     assert plan.temporaries == 10**9
     used = plan.parameters + tables + 10**9 + plan.programs + plan.reserve
