@@ -33,6 +33,9 @@ for size in map(int, sizes):
                    dtype=dtype, compilation="on_demand", tensor_parallel_size=size,
                    **json.loads(more))
     with LLM(folder, **options) as llm:
+        draft = llm._running.draft_runner
+        for bucket in draft.programs.order[:2] if draft else ():
+            draft._compiler.get(bucket)  # without them no drafts are made
         outputs = llm.generate(prompts, params, use_tqdm=False)
         runner = llm._running.runner
         tokens = [o.outputs[0].token_ids for o in outputs]

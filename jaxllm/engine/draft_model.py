@@ -64,6 +64,10 @@ class DraftModel(Proposer):
         self._readers: dict[int, Sequence] = {}  # by slot
         self._content: dict[int, bytes] = {}  # of full blocks, see block_pool
 
+    def is_ready(self) -> bool:
+        """See Proposer. No step is waited for before the first programs are compiled."""
+        return self._max_rows is None or self._max_rows() > 0
+
     def reset(self) -> None:
         """See Proposer."""
         self._clear()

@@ -98,6 +98,10 @@ class Proposer:
         """Up to count tokens that may follow the known ones of each; none if there is no idea."""
         raise NotImplementedError
 
+    def is_ready(self) -> bool:
+        """Whether it can guess anything now."""
+        return True
+
     def reset(self) -> None:
         """Nothing on the device is relied on any more."""
 
@@ -258,7 +262,8 @@ class Speculator:
     ) -> list[tuple[Sequence, Iterator[float]]]:
         """Those that decode and may have drafts, with the chances of as many as they may have."""
         proposer, sequences = self.proposer, []
-        for sequence in () if self.has_failed else running:
+        may_ask = not self.has_failed and proposer.is_ready()
+        for sequence in running if may_ask else ():
             is_decoding = sequence.num_computed_tokens == sequence.num_tokens - 1
             if not is_decoding or not may_speculate(sequence):
                 continue

@@ -171,6 +171,15 @@ def test_only_programs_that_are_ready_are_used() -> None:
     assert computed(runner) == [(9, 1), (1, 1)]
 
 
+def test_no_step_is_waited_for_before_it_is_ready() -> None:
+    sequence = decoding(PROMPT.copy(), [5, 2, 9])
+    sequence.expect(1)
+    sequence.num_computed_tokens += 1
+    for num_rows in (0, 1):
+        model = DraftModel(FakeRunner(CONFIG), CONFIG, 0.1, max_rows=lambda rows=num_rows: rows)
+        assert Speculator(model, 3, row_cost=0.01).wants_results([sequence], 4) == (num_rows > 0)
+
+
 def test_a_guess_that_is_not_finite_is_a_wrong_token() -> None:
     model, _ = draft_model(is_ok=lambda _: False)
     [guess] = model.propose([decoding(PROMPT.copy(), [5, 2, 9])], 3)

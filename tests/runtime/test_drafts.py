@@ -26,7 +26,7 @@ LAST = 2  # the last known token of each sequence
 NUM_SEQS = 20_000  # in all tests, so that one program does
 STOP = 4
 
-sample = jax.jit(sampler.sample)
+sample, draw = jax.jit(sampler.sample), jax.jit(sampler.draw)
 
 
 def chains_of(drafts: np.ndarray) -> tuple[DraftChains, np.ndarray]:
@@ -96,9 +96,7 @@ def drawn_drafts(table: np.ndarray) -> np.ndarray:
     seeds, last = np.arange(NUM_SEQS), np.full(NUM_SEQS, LAST)
     drafts = []
     for depth in range(MAX_DRAFTS):
-        inputs = inputs_of(seeds, depth, {})
-        weights = sampler.token_weights(jnp.asarray(table[last]), inputs)
-        last = np.asarray(sampler._draw_from(weights, sampler._uniforms(inputs)))
+        last = np.asarray(draw(table[last], inputs_of(seeds, depth, {})))
         drafts.append(last)
     return np.stack(drafts, axis=1)
 
