@@ -149,7 +149,9 @@ def apply_table(
 def apply_mask(logits: jax.Array, masks: jax.Array) -> jax.Array:
     """Logits [S, V], minus infinity where the token's bit of masks [S, ceil(V / 32)] is 0."""
     bits = (masks[:, :, None] >> jnp.arange(32)) & 1  # [S, ceil(V / 32), 32]
-    return jnp.where(bits.reshape(masks.shape[0], -1)[:, : logits.shape[1]], logits, -jnp.inf)
+    masked = jnp.where(bits.reshape(masks.shape[0], -1)[:, : logits.shape[1]], logits, -jnp.inf)
+    # Else a compiler for TPU has all logits lie as this reshape would have them, rows innermost.
+    return jax.lax.optimization_barrier(masked)
 
 
 def draw(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
