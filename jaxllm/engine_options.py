@@ -18,6 +18,7 @@ class EngineOptions:
     max_model_len: longest sequence in tokens; None: what the model was made for.
     max_num_seqs: most sequences of a step; None: 64 on CPU, else 256.
     max_num_batched_tokens: token budget of a step; None: 512 on CPU, else 2048.
+    block_size: tokens of a block, the unit that the prefix cache shares; None: 32 on TPU, else 16.
     kv_cache_memory_bytes: size of the block pool on each device; None: what memory allows (see
         runtime/memory.py).
     tensor_parallel_size: devices that share the model (see runtime/sharding.py).
@@ -50,7 +51,7 @@ class EngineOptions:
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
-    block_size: int = 16
+    block_size: int | None = None
     kv_cache_memory_bytes: int | None = None
     tensor_parallel_size: int = 1
     enable_prefix_caching: bool = True

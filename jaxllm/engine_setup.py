@@ -13,14 +13,18 @@ import jax.numpy as jnp
 
 from jaxllm.config import EngineConfig, ModelConfig
 from jaxllm.engine_options import EngineOptions
-from jaxllm.models.decoder import Model, can_pack
+from jaxllm.models.decoder import LayerLoop, Model, can_pack
 from jaxllm.runtime import kv_cache, memory
 from jaxllm.runtime.compilation import Compiler
 from jaxllm.runtime.memory import StepMemory
 from jaxllm.runtime.programs import StepPrograms
-from jaxllm.runtime.sharding import Placement, check_divisible, device_bytes, kv_repeats
+from jaxllm.runtime.sharding import Placement, check_divisible, device_bytes
 from jaxllm.runtime.step import StepOptions
 from pallas_kernels import native
+
+BLOCK_SIZE = 16
+# A TPU's kernel copies block by block, at some cycles each whatever its size, see docs/kernels.md.
+BLOCK_SIZES = {"tpu": 32}
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +42,8 @@ def build_model(config: ModelConfig, options: EngineOptions, placement: Placemen
         on_cpu = "packed" if can_pack(config, dtype) and native.is_available() else "switch"
         on_one_cpu = placement.platform == "cpu" and placement.mesh is None
         layer_loop = on_cpu if on_one_cpu else "scan"
-    repeats = kv_repeats(config, placement.num_devices)
-    return Model(config, layer_loop, jnp.dtype(dtype), repeats)  # type: ignore[arg-type]
+    loop: LayerLoop = layer_loop  # type: ignore[assignment]
+    return Model(config, loop, jnp.dtype(dtype), placement.num_devices)
 
 
 def step_options(options: EngineOptions, placement: Placement) -> StepOptions:
@@ -63,9 +67,10 @@ def smallest_config(model: Model, options: EngineOptions, placement: Placement) 
             f"positions are made for"
         )
     max_num_seqs = options.max_num_seqs or (64 if on_cpu else 256)
+    block_size = options.block_size or BLOCK_SIZES.get(placement.platform, BLOCK_SIZE)
     return EngineConfig(
-        num_blocks=math.ceil(max_model_len / options.block_size),
-        block_size=options.block_size,
+        num_blocks=math.ceil(max_model_len / block_size),
+        block_size=block_size,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens

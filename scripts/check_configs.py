@@ -63,12 +63,12 @@ def measure(name: str) -> dict[str, Any]:
     """Compiles one program and says what it takes of a device, in bytes."""
     config, chip_name, kind = name.split()
     (setup,) = (s for s in SETUPS if s.config == config)
-    programs = _programs(setup, chip_name)
-    decode = min((b for b in programs.buckets if b.decode_only), key=lambda b: b.num_seqs)
-    bucket = decode if kind == "decode" else programs.largest_bucket
-    _, lowered = lower(programs.step(bucket), programs.placement)
+    made = programs(setup, chip_name)
+    decode = min((b for b in made.buckets if b.decode_only), key=lambda b: b.num_seqs)
+    bucket = decode if kind == "decode" else made.largest_bucket
+    _, lowered = lower(made.step(bucket), made.placement)
     compiled, hlo = compile_for_text(lowered)
-    pool: Any = programs.state.kv_pool
+    pool: Any = made.state.kv_pool
     aliased = compiled.memory_analysis().alias_size_in_bytes
     return {
         "bucket": str(bucket),
@@ -77,7 +77,8 @@ def measure(name: str) -> dict[str, Any]:
     }
 
 
-def _programs(setup: Setup, chip_name: str) -> StepPrograms:
+def programs(setup: Setup, chip_name: str) -> StepPrograms:
+    """Those of a configuration on a chip."""
     chip = find_chip(chip_name)
     devices = described_devices(chip, max(1, setup.num_devices // chip.devices_per_chip))
     placement = Placement.on(devices[: setup.num_devices], on_mesh=True)

@@ -12,18 +12,26 @@ cycles the item's keys and values take from HBM at its stated bandwidth. Needs l
 from __future__ import annotations
 
 import argparse
-import re
-import sys
+import math
 import tempfile
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import tpu_dumps
+from tpu_dumps import Loop
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
+from jaxllm.runtime.chips import CHIPS
+from pallas_kernels.ragged_paged_attention import tpu
+from pallas_kernels.ragged_paged_attention.tpu_layout import physical_shape
+from pallas_kernels.ragged_paged_attention.tpu_problem import (
+    COPIES_AT_ONCE,
+    Problem,
+    QueryTile,
+)
+from pallas_kernels.ragged_paged_attention.tpu_write import HEADS_AT_ONCE
 
 # query heads, key heads, head size, the pool's type
 CASES = [
@@ -31,101 +39,76 @@ CASES = [
     (32, 8, 128, "float8_e4m3fn"), (16, 16, 64, "bfloat16"), (28, 4, 128, "bfloat16"),
     (64, 8, 128, "bfloat16"), (40, 8, 128, "bfloat16"), (32, 8, 128, "float8_e5m2"),
 ]  # fmt: skip
-BLOCK_SIZE = 32
 NUM_SEQS, NUM_BLOCKS, TABLE_LEN = 64, 512, 256
 COLUMNS = "queries/keys/size type bundles copies ratio spills compile_s"
 
 
-class Loop(NamedTuple):
-    """A loop of the final program: its depth, bundles that are in no loop inside it, and spills."""
-
-    depth: int
-    own: int
-    spills: int
-    products: int
-
-
-def loops_of(program: str, usage: str) -> list[Loop]:
-    """The loops of a kernel in the order in which they begin. A bundle counts for the loop of its
-    depth that began last, wherever the compiler has put it."""
-    spills, products = (tpu_dumps.units(usage, u) for u in (tpu_dumps.SPILLS, tpu_dumps.PRODUCTS))
-    pattern = re.compile(r"^\s*0x([0-9a-f]+)\s+(LB)?[A-Z]*\s*:\s*(>*)\s*(\{\})?", re.M)
-    loops: list[list[int]] = []
-    open_loops: list[int] = []
-    depth = 0
-    for match in pattern.finditer(program):
-        address = int(match[1], 16)
-        if match[3] or not match[4]:  # an empty bundle bears no mark of its depth
-            depth = len(match[3])
-        if match[2]:
-            open_loops = open_loops[: depth - 1]
-            open_loops.append(len(loops))
-            loops.append([depth, 0, 0, 0])
-        if depth == 0 or not open_loops:
-            continue
-        loop = loops[open_loops[min(depth, len(open_loops)) - 1]]
-        loop[1] += 1
-        if address < len(spills):
-            loop[2] += spills[address]
-            loop[3] += products[address]
-    return [Loop(*loop) for loop in loops]
-
-
-def item_bundles(loops: list[Loop], num_blocks: int, num_units: int) -> tuple[int, int]:
+def item_bundles(loops: list[Loop], problem: Problem, tile: QueryTile) -> tuple[int, int]:
     """Bundles and spills of one full item of the decoding loop.
 
     That loop is the last of the outermost ones that computes products, in itself or in a loop
-    inside it. The first loop inside starts copies, COPIES_AT_ONCE of them; the products' runs
-    num_units times; the others belong to a sequence's beginning or end.
+    inside it. The first loop inside starts copies, COPIES_AT_ONCE of them; the products' runs once
+    for each unit; the others belong to a sequence's beginning or end.
     """
-    from pallas_kernels.ragged_paged_attention.tpu_problem import COPIES_AT_ONCE
-
-    starts = [i for i, loop in enumerate(loops) if loop.depth == 1]
-    groups = [loops[a:b] for a, b in zip(starts, [*starts[1:], len(loops)], strict=True)]
-    outer, *inner = next(g for g in reversed(groups) if any(loop.products for loop in g))
+    num_units = problem.num_kv_heads // tile.unit_heads
+    num_units *= problem.fetch_blocks // tile.compute_blocks
+    outer, *inner = next(g for g in reversed(_groups(loops)) if any(loop.products for loop in g))
     computing = [loop for loop in inner if loop.products]
-    starting = inner[0].own * num_blocks // COPIES_AT_ONCE
-    total = outer.own + starting + sum(loop.own for loop in computing) * num_units
+    starting = inner[0].bundles * problem.fetch_blocks // COPIES_AT_ONCE
+    total = outer.bundles + starting + sum(loop.bundles for loop in computing) * num_units
     return total, outer.spills + sum(loop.spills for loop in computing)
 
 
-def compile_case(chip: str, case: tuple[int, int, int, str], dump: Path) -> tuple[Any, ...]:
+def write_bundles(loops: list[Loop], num_kv_heads: int) -> int:
+    """Bundles of writing one token, the first of the outermost loops; the loop inside takes a few
+    heads at a time."""
+    outer, *inner = _groups(loops)[0]
+    heads = math.gcd(num_kv_heads, HEADS_AT_ONCE)
+    return outer.bundles + sum(loop.bundles for loop in inner) * num_kv_heads // heads
+
+
+def _groups(loops: list[Loop]) -> list[list[Loop]]:
+    """Each of the outermost loops with those inside it."""
+    starts = [i for i, loop in enumerate(loops) if loop.depth == 1]
+    return [loops[a:b] for a, b in zip(starts, [*starts[1:], len(loops)], strict=True)]
+
+
+def compile_case(
+    chip: str,
+    case: tuple[int, int, int, str],
+    dump: Path,
+    block_size: int,
+    num_seqs: int = NUM_SEQS,
+) -> tuple[Problem, QueryTile, list[Loop], float]:
     """The kernel's sizes, its loops and the seconds that it took to compile."""
-    import jax
-    import jax.numpy as jnp
-
-    from pallas_kernels.ragged_paged_attention import tpu
-    from pallas_kernels.ragged_paged_attention.tpu_layout import physical_shape
-
     num_heads, num_kv_heads, head_dim, pool_dtype = case
-    pool_shape = physical_shape(1, NUM_BLOCKS, BLOCK_SIZE, num_kv_heads, head_dim)
+    pool_shape = physical_shape(1, NUM_BLOCKS, block_size, num_kv_heads, head_dim)
     call = partial(tpu.ragged_paged_attention, scale=head_dim**-0.5, max_query_len=1)
     tpu_dumps.clear(dump)
-    with tpu_dumps.described(tpu_dumps.CHIPS[chip]) as place:
-        q = place((NUM_SEQS, num_heads, head_dim), jnp.bfloat16)
-        k = place((NUM_SEQS, num_kv_heads, head_dim), jnp.bfloat16)
+    with tpu_dumps.described(CHIPS[chip]) as place:
+        q = place((num_seqs, num_heads, head_dim), jnp.bfloat16)
+        k = place((num_seqs, num_kv_heads, head_dim), jnp.bfloat16)
         pool = place(pool_shape, jnp.dtype(pool_dtype))
-        numbers = [(), (NUM_SEQS,), (NUM_SEQS, TABLE_LEN), (NUM_SEQS + 1,), (3,)]
+        numbers = [(), (num_seqs,), (num_seqs, TABLE_LEN), (num_seqs + 1,), (3,)]
         tables = [place(shape, jnp.int32) for shape in numbers]
         lowered = jax.jit(call, donate_argnums=3).lower(q, k, k, pool, *tables)
         problem, ((_, tile),) = tpu.plan(q, k, pool, tables[2], 0, None, 1, None)
     started = time.process_time()
     lowered.compile()
     seconds = time.process_time() - started
-    loops = loops_of(*tpu_dumps.read_program(dump, "ragged_paged_attention"))
-    return problem, tile, loops, seconds
+    return problem, tile, tpu_dumps.read_loops(dump, "ragged_paged_attention"), seconds
 
 
-def row_of_table(chip: str, case: tuple[int, int, int, str], dump: Path) -> list[str]:
+def row_of_table(
+    chip: str, case: tuple[int, int, int, str], block_size: int, dump: Path
+) -> list[str]:
     """One case's row of the table."""
-    problem, tile, loops, seconds = compile_case(chip, case, dump)
-    num_units = problem.num_kv_heads // tile.unit_heads
-    num_units *= problem.fetch_blocks // tile.compute_blocks
-    bundles, spills = item_bundles(loops, problem.fetch_blocks, num_units)
+    problem, tile, loops, seconds = compile_case(chip, case, dump, block_size, NUM_SEQS)
+    bundles, spills = item_bundles(loops, problem, tile)
     tokens = problem.fetch_blocks * problem.block_size
     num_heads, num_kv_heads, head_dim, pool_dtype = case
     size = tokens * 2 * num_kv_heads * head_dim * problem.pool_dtype.itemsize
-    copies = size / tpu_dumps.CHIPS[chip].bytes_per_cycle
+    copies = size / tpu_dumps.bytes_per_cycle(CHIPS[chip])
     return [
         f"{num_heads}/{num_kv_heads}/{head_dim}", pool_dtype, str(bundles), f"{copies:.0f}",
         f"{bundles / copies:.2f}", str(spills), f"{seconds:.1f}",
@@ -136,14 +119,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--chip", choices=tpu_dumps.CHIPS, default="v6e")
-    chip = parser.parse_args().chip
+    parser.add_argument("--chip", choices=CHIPS, default="v6e")
+    parser.add_argument("--block-size", type=int, default=32, help="tokens of a block")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name has this")
+    arguments = parser.parse_args()
+    chip, block_size = arguments.chip, arguments.block_size
     with tempfile.TemporaryDirectory() as dump:
         tpu_dumps.start_dumps(Path(dump))
         print(f"| {' | '.join(COLUMNS.split())} |")
         print("|---|---|" + "---:|" * (len(COLUMNS.split()) - 2))
         for case in CASES:
-            print(f"| {' | '.join(row_of_table(chip, case, Path(dump)))} |", flush=True)
+            if arguments.only not in "/".join(map(str, case)):
+                continue
+            print(f"| {' | '.join(row_of_table(chip, case, block_size, Path(dump)))} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,58 +8,46 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-class Chip(NamedTuple):
-    """A described device; frequencies and bandwidths by the makers' pages."""
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-    topology: str
-    clock: float  # cycles/s
-    bandwidth: float  # of its memory, bytes/s
+from jaxllm.runtime.chips import Chip, described_devices
 
-    @property
-    def bytes_per_cycle(self) -> float:
-        return self.bandwidth / self.clock
-
-
-CHIPS = {
-    "v5e": Chip("v5e:2x2", 1.5e9, 8.19e11),
-    "v6e": Chip("v6e:2x2", 1.75e9, 1.64e12),
-    "v7x": Chip("tpu7x:2x2x1", 2.2e9, 3.69e12),
-}
 SPILLS, PRODUCTS = "VSTORE:SPILL", "MATMUL"  # units
-BUNDLE = re.compile(r"\s*0x([0-9a-f]+)\s+([A-Z]{2})?\s*:\s*(>*)\s*(\{\})?")
+BUNDLE = re.compile(r"\s*0x([0-9a-f]+)\s+([A-Z]*)\s*:\s*(>*)\s*(\{\})?")
 
 
 class Loop(NamedTuple):
-    """A loop of a kernel's program, outermost first in program order."""
+    """A loop of a kernel's program, in the order in which they begin."""
 
     depth: int  # 1 for one that is in no other
     bundles: int  # without those of loops in it
-    spills: int  # stores of registers that ran short, of the same bundles
+    spills: int = 0  # stores of registers that ran short, of the same bundles
+    products: int = 0  # operations of the matrix units
 
 
 def start_dumps(folder: Path) -> None:
     """Has libtpu write its programs into the folder. Call it before anything loads libtpu."""
-    os.environ.update(
-        JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost",
-        TPU_ACCELERATOR_TYPE="v5litepod-4", ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-        LIBTPU_INIT_ARGS=f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "
-        f"--xla_jf_emit_annotations=true",
-    )  # fmt: skip
+    jax.config.update("jax_platforms", "cpu")
+    os.environ["LIBTPU_INIT_ARGS"] = (
+        f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_emit_annotations=true"
+    )
 
 
 def compile_loops(
     folder: Path, chip: Chip, kernel: str, function: Callable[..., Any], shapes: Sequence[Any]
 ) -> list[Loop]:
     """The loops of the kernel (a pallas_call's name) in a function compiled for one chip."""
-    import jax
-
     clear(folder)
     with described(chip) as place:
         jax.jit(function).lower(*(place(s.shape, s.dtype) for s in shapes)).compile()
@@ -75,15 +63,14 @@ def clear(folder: Path) -> None:
 @contextmanager
 def described(chip: Chip) -> Iterator[Callable[..., Any]]:
     """A chip that what is lowered meanwhile is for; gives jax.ShapeDtypeStruct for arrays on it."""
-    import jax
-    import numpy as np
-    from jax.experimental import topologies
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
-    description = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology)
-    mesh = Mesh(np.array(description.devices[:1]), ("chip",))
+    mesh = Mesh(np.array(described_devices(chip, 1)[:1]), ("chip",))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         yield partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, PartitionSpec()))
+
+
+def bytes_per_cycle(chip: Chip) -> float:
+    """Of a chip's memory, at its stated bandwidth."""
+    return chip.memory_bandwidth / chip.clock
 
 
 def read_loops(folder: Path, kernel: str) -> list[Loop]:
@@ -108,29 +95,42 @@ def read_program(folder: Path, kernel: str) -> tuple[str, str]:
 
 def loops_of(program: str, usage: str) -> list[Loop]:
     """The loops of a program, which marks a bundle's depth by that many ">" and a loop's first
-    bundle by "LB"."""
+    bundle by "LB".
+
+    The scheduler moves bundles of an outer loop in among those of an inner one, where they run as
+    often as it does. So a loop goes on to the last bundle of its depth before the next loop of that
+    depth or of an outer one begins, and a bundle belongs to the innermost loop that it is in.
+    """
+    depths, starts = _bundles(program)
+    owners = [-1] * len(depths)
+    for loop, start in enumerate(starts):  # inner ones begin later, and take theirs back
+        depth = depths[start]
+        after = (other for other in starts[loop + 1 :] if depths[other] <= depth)
+        end = next(after, len(depths))
+        last = max(i for i in range(start, end) if depths[i] >= depth)
+        owners[start : last + 1] = [loop] * (last + 1 - start)
+    spills, products = units(usage, SPILLS), units(usage, PRODUCTS)
+    loops = []
+    for loop, start in enumerate(starts):
+        own = [i for i, owner in enumerate(owners) if owner == loop]
+        sums = (sum(unit[i] for i in own if i < len(unit)) for unit in (spills, products))
+        loops.append(Loop(depths[start], len(own), *sums))
+    return loops
+
+
+def _bundles(program: str) -> tuple[list[int], list[int]]:
+    """The depth of each bundle, and which ones loops begin with."""
     depths: list[int] = []
     starts: list[int] = []
     for line in program.splitlines():
         match = BUNDLE.match(line)
         if match is None:
             continue  # a bundle goes on over several lines
-        if match.group(2) == "LB":
+        if match[2].startswith("LB"):
             starts.append(len(depths))
-        unmarked = match.group(4) and not match.group(3)  # an empty bundle bears no mark
-        depths.append(depths[-1] if unmarked and depths else len(match.group(3)))
-    spills = units(usage, SPILLS)
-    loops = []
-    for start in starts:
-        depth, own = depths[start], []
-        for bundle in range(start, len(depths)):
-            next_one = bundle > start and bundle in starts and depths[bundle] == depth
-            if depths[bundle] < depth or next_one:
-                break
-            if depths[bundle] == depth:
-                own.append(bundle)
-        loops.append(Loop(depth, len(own), sum(spills[bundle] for bundle in own)))
-    return loops
+        unmarked = match[4] and not match[3]  # an empty bundle bears no mark
+        depths.append(depths[-1] if unmarked and depths else len(match[3]))
+    return depths, starts
 
 
 def units(usage: str, name: str) -> list[int]:

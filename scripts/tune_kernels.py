@@ -19,7 +19,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import tpu_dumps
+
+from jaxllm.runtime.chips import CHIPS
+from pallas_kernels.quantized_matmul import block_sizes, tpu
 
 REPETITIONS = 20
 
@@ -53,7 +58,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, required=True, help="columns of the weights")
     parser.add_argument("--bits", type=int, default=8, choices=[4, 8], help="of a weight")
     parser.add_argument("--int8-rows", action="store_true", help="quantize activations too")
-    parser.add_argument("--chip", choices=sorted(tpu_dumps.CHIPS), help="one that is not here")
+    parser.add_argument("--chip", choices=CHIPS, help="one that is not here")
     arguments = parser.parse_args()
     if arguments.bits == 4 and arguments.int8_rows:
         parser.error("--int8-rows needs --bits 8")
@@ -70,8 +75,6 @@ def main() -> None:
 
 def tunables() -> dict[str, Tunable]:
     """Every kernel that can be tuned."""
-    from pallas_kernels.quantized_matmul import block_sizes
-
     return {
         "quantized_matmul": Tunable(
             lambda a: [
@@ -87,11 +90,6 @@ def tunables() -> dict[str, Tunable]:
 
 
 def _build_quantized_matmul(problem: Any, sizes: Any) -> tuple[Callable[..., Any], list[Any]]:
-    import jax
-    import jax.numpy as jnp
-
-    from pallas_kernels.quantized_matmul import tpu
-
     group_size = 128 if problem.weight_bits == 4 else None
     num_groups = -(-problem.k // group_size) if group_size else 1
     shape = jax.ShapeDtypeStruct
@@ -126,15 +124,15 @@ def _work_of_quantized_matmul(problem: Any, sizes: Any) -> Work:
 
 def rank(kernel: Tunable, name: str, problem: Any, chip_name: str, folder: Path) -> None:
     """Prints the candidates, the best estimate first."""
-    chip = tpu_dumps.CHIPS[chip_name]
+    chip = CHIPS[chip_name]
     estimates = []
     for sizes in kernel.candidates(problem):
         function, shapes = kernel.build(problem, sizes)
         loops = tpu_dumps.compile_loops(folder, chip, name, function, shapes)
         work = kernel.work(problem, sizes)
         bundles = work.steps * bundles_of_step(loops, work.trips)
-        copies = work.bytes / chip.bytes_per_cycle
-        cycles = max(bundles, copies) + work.first_bytes / chip.bytes_per_cycle
+        copies = work.bytes / tpu_dumps.bytes_per_cycle(chip)
+        cycles = max(bundles, copies) + work.first_bytes / tpu_dumps.bytes_per_cycle(chip)
         estimates.append((cycles, bundles, copies, sum(loop.spills for loop in loops), sizes))
     print(f"{problem.key} on {chip_name}, estimated:")
     for cycles, bundles, copies, spills, sizes in sorted(estimates, key=lambda e: e[0]):
@@ -154,9 +152,6 @@ def bundles_of_step(loops: Sequence[tpu_dumps.Loop], trips: int) -> int:
 
 def measure(kernel: Tunable, problem: Any) -> None:
     """Runs the candidates, prints their times, and keeps the fastest in the device's file."""
-    import jax
-    import jax.numpy as jnp
-
     device = jax.devices()[0]
     if device.platform != "tpu":
         raise SystemExit(

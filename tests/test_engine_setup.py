@@ -22,11 +22,11 @@ pytestmark = pytest.mark.skipif(
 )
 LLAMA = Path(__file__).parents[1] / "configs" / "models" / "llama-3.1-8b.json"
 PARAMETERS = 2 * 8_030_261_248
-BLOCK = 16 * 32 * 2 * 8 * 128 * 2
+BLOCK = 32 * 32 * 2 * 8 * 128 * 2
 TABLES = 64 * 128256 * 8 + 64 * 4096 * 4 + 64 * 4
 SMALL = LLAMA.with_name("smollm2-135m.json")
 SMALL_PARAMETERS = 2 * 134_515_008
-SMALL_BLOCK = 16 * 30 * 2 * 3 * 64 * 2
+SMALL_BLOCK = 32 * 30 * 2 * 3 * 64 * 2
 SMALL_TABLES = 64 * 49152 * 8 + 64 * 576 * 4 + 64 * 4
 GB = 10**9
 
@@ -108,7 +108,7 @@ def test_what_the_user_says_is_not_measured() -> None:
 
 def test_a_pool_on_several_devices_holds_more() -> None:
     one, eight = sized(1)[0], sized(8)[0]
-    most = 64 * 8192 // 16  # of what all sequences need
+    most = 64 * 8192 // 32  # of what all sequences need
     assert one.num_blocks < most
     assert eight.num_blocks == most
     assert replace(eight, num_blocks=1024) == replace(one, num_blocks=1024)

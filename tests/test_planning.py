@@ -48,7 +48,7 @@ def plan_for(chip: str, num_chips: int, prompt_len: int = 1024, **options: Any) 
 def test_bytes_by_hand() -> None:
     plan = plan_for("v6e", 1, max_model_len=8192)
     assert plan.parameters == 2 * LLAMA_PARAMETERS
-    assert plan.block == 16 * 32 * 2 * 8 * 128 * 2  # tokens x layers x (k, v) x heads x size x 2
+    assert plan.block == 32 * 32 * 2 * 8 * 128 * 2  # tokens x layers x (k, v) x heads x size x 2
     tables = 64 * 128256 * 8 + 64 * 4096 * 4 + 64 * 4
     assert plan.state == tables
     assert plan.temporaries == 10**9
@@ -56,7 +56,7 @@ def test_bytes_by_hand() -> None:
     assert plan.pool == int(31.24 * 2**30) - used
     assert plan.fits
     for users in plan.users:
-        assert users.in_memory == plan.pool // plan.block // (users.context // 16)
+        assert users.in_memory == plan.pool // plan.block // (users.context // 32)
         assert users.at_once == min(64, users.in_memory)
     assert [users.context for users in plan.users] == [1024, 4096, 8192]
 
@@ -80,7 +80,7 @@ def test_eight_chips_share_weights_and_pool() -> None:
 def test_bounds_by_hand() -> None:
     plan = plan_for("v6e", 1, max_model_len=8192)
     chip = find_chip("v6e")
-    cached = 64 * 1024 * plan.block // 16
+    cached = 64 * 1024 * plan.block // 32
     read = plan.parameters - 128256 * 4096 * 2 + cached  # an embedding is looked up, not read
     token = plan.users[0].token
     assert token is not None

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 from flax import nnx
+from jax import lax
 from jax.typing import DTypeLike
 
 from jaxllm.config import ModelConfig
@@ -15,7 +18,8 @@ class Attention(nnx.Module):
     multi-query.
 
     The kernel keeps a group's G = H / K query heads beside its key and value head, so that one
-    product makes all three and a shard of K is a shard of whole groups.
+    product makes all three and a shard of K is a shard of whole groups. It is stored as a matrix
+    [E, K(G+2)D], see merging.py.
     """
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
@@ -38,9 +42,13 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """[T, E] -> [T, H, D], [T, K, D], [T, K, D], before the rotation."""
         qkv = project(
-            x, self.qkv_kernel[...], call, self.group, bias=self.qkv_bias, dtype=x.dtype
-        )  # [T, K, G+2, D]
-        num_tokens, _, _, head_dim = qkv.shape
+            x, self.qkv_kernel[...], call, math.prod(self.group), bias=self.qkv_bias, dtype=x.dtype
+        )
+        # Else a compiler for TPU lets the heads decide how the kernel is to lie, and lays it out
+        # anew before each step.
+        qkv = lax.optimization_barrier(qkv)
+        num_tokens, head_dim = x.shape[0], self.group[-1]
+        qkv = qkv.reshape(num_tokens, *self.group)  # [T, K, G+2, D]
         q = qkv[:, :, :-2].reshape(num_tokens, -1, head_dim)  # [T, H, D]
         k, v = qkv[:, :, -2], qkv[:, :, -1]  # [T, K, D]
         if self.q_norm is not None and self.k_norm is not None:
@@ -50,6 +58,6 @@ class Attention(nnx.Module):
     def output(self, mixed: jax.Array, call: Call) -> jax.Array:
         """[T, H, D] -> [T, E]: what attention adds to the residual stream."""
         return project(
-            mixed, self.o_kernel[...], call, (self.width,),
+            mixed, self.o_kernel[...], call, self.width,
             num_contracted=2, bias=self.o_bias, dtype=mixed.dtype,
         )  # fmt: skip

@@ -18,13 +18,12 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxllm.config import ModelConfig
-from jaxllm.models import packing
+from jaxllm.models import merging, packing
 from jaxllm.models.attention import Attention
 from jaxllm.models.layers import PACKED, Call, Embedding, FeedForward, Head, RMSNorm
 from jaxllm.models.rope import apply_rope, build_rope, rope_tables
-from jaxllm.runtime.sharding import repeat_kv_heads, repeated_shape, with_repeated_kv_heads
+from jaxllm.runtime.sharding import kv_repeats, with_repeated_kv_heads
 
-QKV = ("qkv_kernel", "qkv_bias")  # the leaves that hold key and value heads
 LayerLoop = Literal["switch", "scan", "packed"]
 Parameters = dict[str, Any]  # nested; the leaves are arrays or their shapes
 Tables = tuple[jax.Array, jax.Array]  # cos, sin: each [T, D/2]
@@ -84,12 +83,12 @@ class Model:
     CPU's own products (see packing.py), which read a layer's kernel in the stacked array; only in
     bfloat16.
 
-    kv_repeats: how many devices share a key and value head; config then has that many of each, one
-    after the other.
+    num_devices: that share the model. Where they are more than its key and value heads, config has
+    as many copies of each head, one after the other, as devices share it.
     """
 
     def __init__(
-        self, config: ModelConfig, layer_loop: LayerLoop, dtype: DTypeLike, kv_repeats: int = 1
+        self, config: ModelConfig, layer_loop: LayerLoop, dtype: DTypeLike, num_devices: int = 1
     ) -> None:
         if layer_loop not in get_args(LayerLoop):
             raise ValueError(f"layer_loop must be 'switch', 'scan' or 'packed', got {layer_loop!r}")
@@ -100,11 +99,12 @@ class Model:
                 f"layer_loop 'packed' needs bfloat16 (got {jnp.dtype(dtype).name}), even sizes and "
                 f"a feed-forward without bias; use 'switch'"
             )
-        if layer_loop == "packed" and kv_repeats > 1:
+        if layer_loop == "packed" and num_devices > 1:
             raise ValueError("layer_loop 'packed' is for one device; use 'scan'")
         self.loaded_config = config  # as in the checkpoint
-        self.config = with_repeated_kv_heads(config, kv_repeats)
-        self.kv_repeats = kv_repeats
+        self.num_devices = num_devices
+        self._kv_repeats = kv_repeats(config, num_devices)
+        self.config = with_repeated_kv_heads(config, self._kv_repeats)
         self.layer_loop = layer_loop
         self.dtype = jnp.dtype(dtype)
         self._rope = build_rope(config)
@@ -133,39 +133,30 @@ class Model:
 
     def stored_parameters(self) -> Parameters:
         """The same tree with the shapes that `forward` takes."""
-        abstract = self.abstract_parameters()
-        if self.layer_loop == "packed":
-            return jax.tree.map_with_path(
-                lambda path, leaf: packing.stored_shape(leaf, _names(path), self.config), abstract
-            )
-        if self.kv_repeats == 1:
-            return abstract
         return jax.tree.map_with_path(
-            lambda path, leaf: (
-                repeated_shape(leaf, self.kv_repeats) if _names(path)[-1] in QKV else leaf
-            ),
-            abstract,
+            lambda path, leaf: self._stored_shape(leaf, _names(path)), self.abstract_parameters()
         )
+
+    def _stored_shape(self, leaf: Any, path: tuple[Any, ...]) -> jax.ShapeDtypeStruct:
+        if self.layer_loop == "packed":
+            return packing.stored_shape(leaf, path, self.config)
+        return merging.stored_shape(leaf, path[-1], self._kv_repeats, self.num_devices)
 
     def stored(self, array: np.ndarray, path: tuple[Any, ...]) -> np.ndarray:
         """A leaf that was loaded as `forward` takes it. path: its keys from the root of the
         tree."""
         if self.layer_loop == "packed":
             return packing.stored(array, path, self.config)
-        if self.kv_repeats > 1 and path[-1] in QKV:
-            return repeat_kv_heads(array, self.kv_repeats)
-        return array
+        return merging.stored(array, path[-1], self._kv_repeats, self.num_devices)
 
     def init_parameters(self, key: jax.Array) -> Parameters:
         """Parameters for tests and benchmarks: random kernels, norms of one, biases of zero.
 
         All layer loops draw the same values from a key.
         """
-        params = self._random_parameters(key)
-        if self.layer_loop != "packed" and self.kv_repeats == 1:
-            return params
         return jax.tree.map_with_path(
-            lambda path, leaf: jnp.asarray(self.stored(np.asarray(leaf), _names(path))), params
+            lambda path, leaf: jnp.asarray(self.stored(np.asarray(leaf), _names(path))),
+            self._random_parameters(key),
         )
 
     def _random_parameters(self, key: jax.Array) -> Parameters:

@@ -5,7 +5,6 @@ Activations keep the dtype of the parameters; sums, norms and logits are float32
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -40,14 +39,14 @@ def project(
     x: jax.Array,
     kernel: jax.Array,
     call: Call,
-    shape: tuple[int, ...],
+    num_columns: int,
     *,
     num_contracted: int = 1,
     bias: nnx.Param[jax.Array] | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> jax.Array:
-    """The product of x's last num_contracted axes with the kernel's first ones, plus bias [*shape]:
-    [T, *shape] in dtype, summed in float32. kernel: [contracted..., *shape], or packed, alone or
+    """The product of x's last num_contracted axes with the kernel's first ones, plus the elements
+    of bias: [T, N] in dtype, summed in float32. kernel: [contracted..., N], or packed, alone or
     with those of other layers."""
     summed = dtype if bias is None else jnp.float32
     if kernel.dtype == PACKED:
@@ -56,14 +55,14 @@ def project(
             kernel[None] if kernel.ndim == 3 else kernel,
             call.layer,
             call.num_rows,
-            num_columns=math.prod(shape),
+            num_columns=num_columns,
             dtype=summed,
-        ).reshape(x.shape[0], *shape)
+        )
     else:
         axes = tuple(range(x.ndim - num_contracted, x.ndim)), tuple(range(num_contracted))
         product = _product(x, kernel, axes)
     if bias is not None:
-        product += bias[...]
+        product += bias[...].reshape(-1)
     return product.astype(dtype)
 
 
@@ -120,7 +119,7 @@ class Embedding(nnx.Module):
         """Logits [R, V] of hidden [R, E]; contracts E in place, so no transposed copy is made."""
         table = self.embedding[...]
         if table.dtype == PACKED:
-            return project(hidden, table, call, (self.size,))
+            return project(hidden, table, call, self.size)
         return _product(hidden, table, ((1,), (1,)))
 
 
@@ -143,11 +142,15 @@ class Head(nnx.Module):
 
     def __call__(self, hidden: jax.Array, call: Call) -> jax.Array:
         """Logits [R, V] of hidden [R, E]."""
-        return project(hidden, self.kernel[...], call, (self.size,))
+        return project(hidden, self.kernel[...], call, self.size)
 
 
 class FeedForward(nnx.Module):
-    """SwiGLU (https://arxiv.org/abs/2002.05202): gate and up in one product."""
+    """SwiGLU (https://arxiv.org/abs/2002.05202): gate and up in one product.
+
+    Their kernel is stored as [n, E, 2F / n]: for each of n devices its columns of both, see
+    merging.py.
+    """
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         width, inner = config.hidden_size, config.intermediate_size  # E, F
@@ -161,7 +164,7 @@ class FeedForward(nnx.Module):
     def __call__(self, x: jax.Array, call: Call) -> jax.Array:
         inner = self._gated(x, call)  # [T, F]
         return project(
-            inner, self.down_kernel[...], call, (self.width,), bias=self.down_bias, dtype=x.dtype
+            inner, self.down_kernel[...], call, self.width, bias=self.down_bias, dtype=x.dtype
         )
 
     def _gated(self, x: jax.Array, call: Call) -> jax.Array:
@@ -171,5 +174,10 @@ class FeedForward(nnx.Module):
                 x, kernel, call.layer, call.num_rows,
                 num_columns=self.inner, gated=True, dtype=x.dtype,
             )  # fmt: skip
-        gate_up = project(x, kernel, call, (2, self.inner), bias=self.gate_up_bias)  # [T, 2, F]
-        return (jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1]).astype(x.dtype)
+        num_parts, _, columns = kernel.shape
+        gate_up = _product(x, kernel, ((1,), (1,)))  # [T, n, 2F / n]
+        if self.gate_up_bias is not None:
+            bias = self.gate_up_bias[...].reshape(2, num_parts, columns // 2)
+            gate_up += bias.swapaxes(0, 1).reshape(num_parts, columns)
+        gate, up = gate_up[..., : columns // 2], gate_up[..., columns // 2 :]
+        return (jax.nn.silu(gate) * up).astype(x.dtype).reshape(x.shape[0], self.inner)

@@ -155,7 +155,9 @@ def apply_masks(
     """Logits, in constrained rows minus infinity where the token's bit is 0."""
     words = jnp.where((is_constrained > 0)[:, None], masks, -1)
     bits = (words[:, :, None] >> jnp.arange(32)) & 1  # [S, ceil(V / 32), 32]
-    return jnp.where(bits.reshape(words.shape[0], -1)[:, : logits.shape[1]], logits, -jnp.inf)
+    masked = jnp.where(bits.reshape(words.shape[0], -1)[:, : logits.shape[1]], logits, -jnp.inf)
+    # Else a compiler for TPU has all logits lie as this reshape would have them, rows innermost.
+    return jax.lax.optimization_barrier(masked)
 
 
 def draw(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:

@@ -21,13 +21,13 @@ from jaxllm.runtime import kv_cache
 from jaxllm.runtime.huge_pages import use_huge_pages
 
 AXIS = "tensor"
-# name of a parameter -> its axis that is divided, counted from the last: heads, F or V. Stacked
-# layers have one more axis in front. What is not named lies whole on every device.
+# name of a parameter as it is stored -> its axis that is divided, counted from the last: heads, F
+# or V. Stacked layers have one more axis in front. What is not named lies whole on every device.
 DIVIDED = {
-    "qkv_kernel": -3,  # [E, K, G+2, D]
+    "qkv_kernel": -1,  # [E, K(G+2)D]
     "qkv_bias": -3,  # [K, G+2, D]
     "o_kernel": -3,  # [H, D, E]
-    "gate_up_kernel": -1,  # [E, 2, F]
+    "gate_up_kernel": -3,  # [n, E, 2F / n]
     "gate_up_bias": -1,  # [2, F]
     "down_kernel": -2,  # [F, E]
     "embedding": -2,  # [V, E]

@@ -29,6 +29,8 @@ from pallas_kernels.ragged_paged_attention.tpu_problem import (
     token_mask,
 )
 
+HEADS_AT_ONCE = 4  # that are merged in one stretch of code
+
 
 def write_new_tokens(refs: Refs, p: Problem, single_only: bool) -> None:
     """Puts all new tokens into the pool and returns when they are there."""
@@ -109,7 +111,7 @@ def _merge(refs: Refs, p: Problem, i: Scalar, slot: Scalar, num_tokens: int) -> 
             new = _packed_tokens(refs, p, slot, h)
         refs.old[slot, h] = pltpu.bitcast((old & ~mask) | (new & mask), p.pool_dtype)
 
-    lax.fori_loop(0, p.num_kv_heads, head, None, unroll=math.gcd(p.num_kv_heads, 4))
+    lax.fori_loop(0, p.num_kv_heads, head, None, unroll=math.gcd(p.num_kv_heads, HEADS_AT_ONCE))
 
 
 def _packed_tokens(refs: Refs, p: Problem, slot: Scalar, h: Scalar) -> jax.Array:

@@ -22,10 +22,11 @@ PROGRAM = """
      ;;  %v4 = the same bundle }
    0x3 LB: >> { %s5 = the inner loop }
    0x4   :  {}
-   0x5   : >> { %s6 = branch back }
-   0x6   : > { %s7 = branch back }
-   0x7 LB: > { %s8 = a second outer loop }
-   0x8   :  { %s9 = done }
+   0x5   : > { %s6 = of the outer loop, moved into the inner one }
+   0x6   : >> { %s7 = branch back }
+   0x7   : > { %s8 = branch back }
+   0x8 LBPF: > { %s9 = a second outer loop }
+   0x9   :  { %s9 = done }
 """
 USAGE = """
 MATMUL, VSTORE, VSTORE:SPILL
@@ -38,6 +39,7 @@ MATMUL, VSTORE, VSTORE:SPILL
 1 1 0
 1 1 1
 1 1 1
+1 1 1
 0 0 0
 0 1 1
 0 0 0
@@ -46,7 +48,7 @@ MATMUL, VSTORE, VSTORE:SPILL
 
 def test_loops_are_read_from_a_program() -> None:
     assert tpu_dumps.loops_of(PROGRAM, USAGE) == [
-        Loop(depth=1, bundles=3, spills=1), Loop(depth=2, bundles=3, spills=2),
+        Loop(depth=1, bundles=3, spills=1), Loop(depth=2, bundles=4, spills=3, products=4),
         Loop(depth=1, bundles=1, spills=1),
     ]  # fmt: skip
 
@@ -84,6 +86,7 @@ import tpu_dumps
 with tempfile.TemporaryDirectory() as folder:
     tpu_dumps.start_dumps(Path(folder))
     import tune_kernels
+    from jaxllm.runtime.chips import CHIPS
     from pallas_kernels.quantized_matmul.block_sizes import Problem, heuristic
     kernel = tune_kernels.tunables()["quantized_matmul"]
     problem = Problem(64, 14336, 4096, 8, 16)
@@ -91,10 +94,10 @@ with tempfile.TemporaryDirectory() as folder:
     function, shapes = kernel.build(problem, sizes)
     work = kernel.work(problem, sizes)
     for name in ("v5e", "v6e"):
-        chip = tpu_dumps.CHIPS[name]
+        chip = CHIPS[name]
         loops = tpu_dumps.compile_loops(Path(folder), chip, "quantized_matmul", function, shapes)
         bundles = work.steps * tune_kernels.bundles_of_step(loops, work.trips)
-        print(bundles / (work.bytes / chip.bytes_per_cycle))
+        print(bundles / (work.bytes / tpu_dumps.bytes_per_cycle(chip)))
 """
 
 

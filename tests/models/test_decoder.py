@@ -59,7 +59,7 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def zeros(model: Model) -> dict[str, Any]:
-    shapes = model.abstract_parameters()
+    shapes = model.stored_parameters()
     return jax.tree.map(lambda leaf: jnp.asarray(np.zeros(leaf.shape), leaf.dtype), shapes)
 
 
@@ -88,7 +88,7 @@ def test_random_parameters_fill_the_tree_alike_in_both_loops() -> None:
     params, stacked_params = switched.init_parameters(key), stacked.init_parameters(key)
     for model, drawn in ((switched, params), (stacked, stacked_params)):
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), drawn)
-        assert shapes == model.abstract_parameters()
+        assert shapes == model.stored_parameters()
     layers = [params["layers"][str(i)] for i in range(L)]
     restacked = jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
     jax.tree.map(np.testing.assert_array_equal, restacked, stacked_params["layers"])
@@ -213,7 +213,7 @@ def test_embedding_and_tied_head_copy_no_table(dtype: Any) -> None:
         return model.logits(params, hidden)
 
     ids = jax.ShapeDtypeStruct((8,), jnp.int32)
-    compiled = jax.jit(step).lower(model.abstract_parameters(), ids).compile()
+    compiled = jax.jit(step).lower(model.stored_parameters(), ids).compile()
     table = re.compile(r"= \w+\[(?:4096,32|32,4096)\]\S* (\S+?)\(")
     made_by = set(table.findall(compiled.as_text()))
     assert "parameter" in made_by

@@ -53,7 +53,7 @@ def test_every_product_sums_in_float32(dtype: Any, precision: Any, tied: bool) -
         return model.logits(params, hidden)
 
     ids = jax.ShapeDtypeStruct((8,), jnp.int32)
-    jaxpr = jax.make_jaxpr(step)(model.abstract_parameters(), ids).jaxpr
+    jaxpr = jax.make_jaxpr(step)(model.stored_parameters(), ids).jaxpr
     products = list(_equations(jaxpr, lax.dot_general_p))
     assert len(products) == 5  # qkv, out, gate and up, down, head
     for product in products:

@@ -105,6 +105,9 @@ def model_logits(
 ) -> np.ndarray:
     """Logits of every token: the prompt in one step, then a step a token."""
     model = Model(config, layer_loop=layer_loop, dtype=dtype)
+    params = jax.tree.map_with_path(
+        lambda path, leaf: model.stored(np.asarray(leaf), tuple(key.key for key in path)), params
+    )
 
     @jax.jit
     def step(params, token_ids, positions, kv_pool):  # type: ignore[no-untyped-def]

@@ -65,12 +65,12 @@ def test_repeated_heads_keep_the_order_of_the_queries() -> None:
     assert repeated[3, :, :, 1].tolist() == expected
 
 
-def test_a_model_with_repeated_heads_computes_the_same() -> None:
+def test_a_model_divided_and_with_repeated_heads_computes_the_same() -> None:
     """With an attention that each query head makes of its own key and value."""
     tokens = jnp.arange(6)
 
-    def hidden(repeats: int) -> jax.Array:
-        model = Model(CONFIG, "scan", jnp.float32, repeats)
+    def hidden(num_devices: int) -> jax.Array:
+        model = Model(CONFIG, "scan", jnp.float32, num_devices)
         params = model.init_parameters(jax.random.key(0))
         expected = jax.tree.map(lambda leaf: leaf.shape, model.stored_parameters())
         assert jax.tree.map(lambda leaf: leaf.shape, params) == expected
@@ -83,13 +83,13 @@ def test_a_model_with_repeated_heads_computes_the_same() -> None:
 
         return model.forward(params, tokens, tokens, tokens + 1, None, attend)[0]
 
-    np.testing.assert_allclose(hidden(2), hidden(1), atol=1e-5)
-    np.testing.assert_allclose(hidden(4), hidden(1), atol=1e-5)
+    for num_devices in (2, 4, 8):
+        np.testing.assert_allclose(hidden(num_devices), hidden(1), atol=1e-5)
 
 
 def test_every_large_parameter_is_divided() -> None:
     """By name, each with an axis that the devices divide; norms and outer biases lie whole."""
-    model = Model(CONFIG, "scan", jnp.float32)
+    model = Model(CONFIG, "scan", jnp.float32, num_devices=2)
     placement = Placement(tuple(jax.devices()) * 2, AbstractMesh((2,), ("tensor",)))  # type: ignore[arg-type]
     placed = placement.parameters(model.stored_parameters())
     whole = set()
@@ -103,7 +103,7 @@ def test_every_large_parameter_is_divided() -> None:
 
 
 def test_a_vocabulary_that_cannot_be_divided_lies_whole() -> None:
-    model = Model(replace(CONFIG, vocab_size=97), "scan", jnp.float32)
+    model = Model(replace(CONFIG, vocab_size=97), "scan", jnp.float32, num_devices=2)
     placement = Placement(tuple(jax.devices()) * 2, AbstractMesh((2,), ("tensor",)))  # type: ignore[arg-type]
     placed = placement.parameters(model.stored_parameters())
     assert placed["embed"]["embedding"].sharding.spec == PartitionSpec()

@@ -41,7 +41,7 @@ def jitted_step(
     step = jax.jit(make_step(model, layout, StepOptions(attention)), donate_argnums=1)
     packed = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
     masks = jax.ShapeDtypeStruct((bucket.num_seqs, mask_len(CONFIG.vocab_size)), jnp.int32)
-    return step, (tuple(jax.tree.leaves(model.abstract_parameters())), state, packed, masks)
+    return step, (tuple(jax.tree.leaves(model.stored_parameters())), state, packed, masks)
 
 
 @pytest.mark.parametrize(("bucket", "max_steps"), [(DECODE, 1), (DECODE, 4), (MIXED, 1)])

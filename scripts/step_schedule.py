@@ -1,0 +1,180 @@
+#!/usr/bin/env python3
+"""How long the compiler expects a decoding step to take, for a chip that need not be there, beside
+the time of reading its weights and its sequences' keys and values once.
+
+    python scripts/step_schedule.py --config llama-3-8b-v6e --num-seqs 64 --context 1024
+
+libtpu writes into a program how many cycles it expects of each operation; loops count as often as
+they run, a condition as its cheapest branch (greedy sampling, nothing else asked for), and an
+operation without an estimate as the least that any has. Attention has none: its cycles are the
+larger of its kernel's bundles and its copies at the stated bandwidth, item by item, and the
+bundles of writing new tokens, one after the other. Several minutes; needs libtpu.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import tempfile
+import time
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import check_configs
+import kernel_schedule
+import tpu_dumps
+
+from jaxllm.runtime.chips import CHIPS, Chip
+from jaxllm.runtime.compilation import lower
+from jaxllm.runtime.memory import StepMemory
+from jaxllm.runtime.sharding import device_bytes
+
+KERNEL = "ragged_paged_attention"
+LEAST = 2100  # cycles that the compiler gives any operation of its own
+ATTENTION = "attention"
+# operations that move nothing, or that run beside others
+FREE = re.compile(
+    r" (?:parameter|constant|tuple|get-tuple-element|bitcast|while|conditional|partition-id"
+    r"|(?:copy|async|all-reduce|collective-permute)-(?:start|done|update)|after-all)\("
+)
+HEADER = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
+BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+
+
+@dataclass
+class Computation:
+    """Part of a program: cycles of its own by kind, and what else it runs."""
+
+    own: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    loops: list[tuple[str, str]] = field(default_factory=list)  # condition, body
+    branches: list[list[str]] = field(default_factory=list)
+    constants: list[int] = field(default_factory=list)
+
+
+def read_program(text: str, attention: int) -> tuple[dict[str, Computation], str]:
+    """The computations of a program after code generation, and the first one's name."""
+    computations: dict[str, Computation] = {}
+    entry, current = "", Computation()
+    for line in text.splitlines():
+        if header := HEADER.match(line):
+            current = computations[header[1]] = Computation()
+            entry = header[1] if line.startswith("ENTRY") else entry
+        elif " = " in line:
+            _read(line, current, attention)
+    return computations, entry
+
+
+def _read(line: str, computation: Computation, attention: int) -> None:
+    if found := re.search(r" s32\[\][^ ]* constant\((\d+)\)", line):
+        computation.constants.append(int(found[1]))
+    if found := re.search(r" while\(.* condition=%([\w.-]+), body=%([\w.-]+)", line):
+        computation.loops.append((found[1], found[2]))
+    if found := BRANCHES.search(line):
+        computation.branches.append(re.findall(r"%([\w.-]+)", found[1]))
+    if f"%{KERNEL}" in line.split(" = ")[0] and " custom-call(" in line:
+        computation.own[ATTENTION] += attention
+    elif not FREE.search(line):
+        estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
+        kind = "products" if "convolution_algorithm_config" in line else "other"
+        computation.own[kind] += int(estimate[1]) if estimate else LEAST
+
+
+def cycles(computations: dict[str, Computation], name: str) -> dict[str, int]:
+    """By kind, of one run. A loop that ends by what it computes runs once."""
+    this = computations[name]
+    total = defaultdict(int, this.own)
+    for condition, body in this.loops:
+        constants = computations[condition].constants
+        _add(total, cycles(computations, body), constants[0] if len(constants) == 1 else 1)
+    for branches in this.branches:
+        costs = [cycles(computations, branch) for branch in branches]
+        _add(total, min(costs, key=lambda cost: sum(cost.values())), 1)
+    return total
+
+
+def _add(total: dict[str, int], part: dict[str, int], times: int) -> None:
+    for kind, count in part.items():
+        total[kind] += times * count
+
+
+def attention_cycles(
+    chip: str, case: tuple[int, int, int, str], block_size: int, num_seqs: int, context: int
+) -> int:
+    """Of one layer's call, for sequences of one new token each. In a process of its own: libtpu
+    would write the programs of a whole model too, gigabytes of them."""
+    with tempfile.TemporaryDirectory() as folder:
+        dump = Path(folder)
+        tpu_dumps.start_dumps(dump)
+        problem, tile, loops, _ = kernel_schedule.compile_case(
+            chip, case, dump, block_size, num_seqs
+        )
+    bundles, _ = kernel_schedule.item_bundles(loops, problem, tile)
+    num_blocks = -(-context // block_size)
+    _, num_kv_heads, head_dim, _ = case
+    of_block = block_size * 2 * num_kv_heads * head_dim * problem.pool_dtype.itemsize
+    copies = of_block / tpu_dumps.bytes_per_cycle(CHIPS[chip])
+    num_items = -(-num_blocks // problem.fetch_blocks)
+    reading = max(num_items * bundles, num_blocks * copies)
+    return round(num_seqs * (reading + kernel_schedule.write_bundles(loops, num_kv_heads)))
+
+
+def report(name: str, seconds: float, memory: StepMemory, chip: Chip, parts: dict[str, int],
+           bound: int) -> None:  # fmt: skip
+    """Prints the parts, the whole and the bound in cycles and milliseconds."""
+    print(f"{name}: compiled in {seconds:.0f} s of processor time, {memory.temporaries:,} bytes of "
+          f"temporaries")  # fmt: skip
+    rows = {**parts, "all": sum(parts.values()), "weights and context read once": bound}
+    for part, count in rows.items():
+        print(f"| {part} | {count:,} | {count / chip.clock * 1e3:.2f} ms | {count / bound:.3f} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    one_device = [s.config for s in check_configs.SETUPS if s.num_devices == 1]
+    parser.add_argument("--config", choices=one_device, default="llama-3-8b-v6e")
+    parser.add_argument("--chip", choices=CHIPS, default="v6e")
+    parser.add_argument("--num-seqs", type=int, default=64, help="of a decode bucket")
+    parser.add_argument("--context", type=int, default=1024, help="tokens of each sequence")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        estimate(arguments, Path(folder))
+
+
+def estimate(arguments: argparse.Namespace, folder: Path) -> None:
+    """Compiles the step and the kernel and prints what they take."""
+    chip = CHIPS[arguments.chip]
+    setup = next(s for s in check_configs.SETUPS if s.config == arguments.config)
+    programs = check_configs.programs(setup, chip.name)
+    model, limits = programs.model.config, programs.config
+    fitting = [b for b in programs.buckets if b.decode_only and b.num_seqs == arguments.num_seqs]
+    if not fitting:
+        raise SystemExit(f"--num-seqs {arguments.num_seqs} is no decode bucket")
+    case = (model.num_heads, model.num_kv_heads, model.head_dim, str(programs.model.dtype))
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        attention = process.submit(
+            attention_cycles, chip.name, case, limits.block_size, arguments.num_seqs,
+            arguments.context,
+        ).result()  # fmt: skip
+    options: dict[str, Any] = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
+    _, lowered = lower(programs.step(fitting[0]), programs.placement)
+    started = time.process_time()
+    compiled = lowered.compile(options)
+    seconds = time.process_time() - started
+    (text,) = folder.glob("*after_codegen.txt")
+    parts = cycles(*read_program(text.read_text(), attention))
+    weights = device_bytes({n: p for n, p in programs.parameters.items() if n != "embed"})
+    context = arguments.num_seqs * arguments.context * 2 * model.num_layers
+    context *= model.num_kv_heads * model.head_dim * programs.model.dtype.itemsize
+    bound = round((weights + context) / tpu_dumps.bytes_per_cycle(chip))
+    name = f"{arguments.config} {chip.name}, {fitting[0]}, {arguments.context} tokens each"
+    report(name, seconds, StepMemory.of(compiled), chip, parts, bound)
+
+
+if __name__ == "__main__":
+    main()
