@@ -21,7 +21,7 @@ from jaxllm.runtime.pooling import pool_hidden
 from jaxllm.runtime.ranking import Candidates
 from jaxllm.runtime.sampler import Logprobs, SamplingInputs, SamplingTables
 from jaxllm.runtime.sharding import axis_spec, pool_spec
-from pallas_kernels.ragged_paged_attention.api import ragged_paged_attention
+from pallas_kernels.ragged_paged_attention.api import prepare, ragged_paged_attention
 from pallas_kernels.ragged_paged_attention.layout import TokenRows, token_rows
 
 LOGPROB_TILE = 64  # prompt rows whose logits [64, V] are in memory at a time
@@ -113,7 +113,7 @@ def _compute(
         rows.position,
         jnp.maximum(prompt_lens, rows.position + 1),
         state.kv_pool,
-        _attend(model, batch, layout, options),
+        _attend(model, state.kv_pool, batch, layout, options),
         num_tokens=batch["query_start"][-1],
     )  # hidden: [T, E]
     logits = model.logits(params, hidden[batch["logit_rows"]], batch["counts"][0])  # [S, V] float32
@@ -249,43 +249,55 @@ def _known_or_sampled(token_ids: jax.Array, slots: jax.Array, last_tokens: jax.A
 
 
 def _attend(
-    model: Model, batch: dict[str, jax.Array], layout: PackedLayout, options: StepOptions
+    model: Model,
+    pool: jax.Array,
+    batch: dict[str, jax.Array],
+    layout: PackedLayout,
+    options: StepOptions,
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    config, mesh = model.config, options.mesh
     ragged = [batch[n] for n in ("seq_lens", "block_tables", "query_start", "distribution")]
+    max_query_len = 1 if layout.bucket.decode_only else None
+    prepared = prepare(
+        pool, config.num_kv_heads, config.head_dim, layout.bucket.num_tokens, *ragged,
+        max_query_len=max_query_len,
+    )  # fmt: skip
 
     def attend(
         q: jax.Array, k: jax.Array, v: jax.Array, kv_pool: jax.Array, layer: Any, window: Any
     ) -> tuple[jax.Array, jax.Array]:
-        fixed = {"window": window} if isinstance(window, int) else {}
-        attention = partial(
-            _attention,
-            scale=model.config.head_dim**-0.5,
-            max_query_len=1 if layout.bucket.decode_only else None,
-            implementation=options.attention,
-            **fixed,
-        )
-        arguments = [q, k, v, kv_pool, layer, *ragged, *([] if fixed else [window])]
-        if options.mesh is None:
-            return attention(*arguments)
-        heads, pool = axis_spec(3, 1), pool_spec(kv_pool, model.config)
-        whole = [PartitionSpec()] * (len(arguments) - 4)
+        def attention(*arguments: Any, window: Any, prepared: Any) -> Any:
+            return ragged_paged_attention(
+                *arguments,
+                scale=config.head_dim**-0.5,
+                window=window,
+                max_query_len=max_query_len,
+                prepared=prepared,
+                implementation=options.attention,
+            )
+
+        arrays = (q, k, v, kv_pool, layer, *ragged)
+        if mesh is None:
+            return attention(*arrays, window=window, prepared=prepared)
+        # each device attends with its own heads; a window that is a number stays one
+        traced = None if isinstance(window, int) else window
+        heads, in_pool = axis_spec(3, 1), pool_spec(kv_pool, config)
+        whole = PartitionSpec()
+
+        def on_device(arrays: Any, traced: Any, prepared: Any) -> Any:
+            return attention(
+                *arrays, window=window if traced is None else traced, prepared=prepared
+            )
+
         return jax.shard_map(
-            attention,
-            mesh=options.mesh,
-            in_specs=(heads, heads, heads, pool, *whole),
-            out_specs=(heads, pool),
+            on_device,
+            mesh=mesh,
+            in_specs=((heads, heads, heads, in_pool, *[whole] * (len(arrays) - 4)), whole, whole),
+            out_specs=(heads, in_pool),
             check_vma=False,
-        )(*arguments)  # each device attends with its own heads
+        )(arrays, traced, prepared)
 
     return attend
-
-
-def _attention(*arguments: Any, window: int | None = None, **options: Any) -> Any:
-    """ragged_paged_attention with a window that is traced, as its last argument, or not."""
-    *others, last = arguments
-    if window is None:
-        return ragged_paged_attention(*others, window=last, **options)
-    return ragged_paged_attention(*arguments, window=window, **options)
 
 
 def _next_state(

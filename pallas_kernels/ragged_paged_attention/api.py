@@ -52,6 +52,7 @@ def ragged_paged_attention(
     k_scale: jax.Array | float = 1.0,
     v_scale: jax.Array | float = 1.0,
     max_query_len: int | None = None,
+    prepared: Any = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Causal attention of new tokens over a paged context, which they join first.
@@ -82,6 +83,7 @@ def ragged_paged_attention(
       k_scale, v_scale: a scalar or [K]: stored keys (values) times this are the true ones.
       max_query_len: a bound on the new tokens of a sequence that the caller promises; 1 lets a
         program for decoding leave out what several need. None: no bound.
+      prepared: what `prepare` made of the same arguments; None: it is made here.
       implementation: a name of IMPLEMENTATIONS; None takes the best for the pool: "tpu" for one in
         its layout, "cpu" where that is supported, else "xla".
 
@@ -99,10 +101,36 @@ def ragged_paged_attention(
             f"unknown implementation {implementation!r}; known: {', '.join(IMPLEMENTATIONS)}"
         )
     _check_support(implementation, q, k, kv_pool)
+    shared = {} if prepared is None else {"prepared": prepared}
     return IMPLEMENTATIONS[implementation](
         q, k, v, kv_pool, layer, seq_lens, block_tables, query_start, distribution,
         scale=scale, window=window, soft_cap=soft_cap, sinks=sinks,
-        k_scale=k_scale, v_scale=v_scale, max_query_len=max_query_len,
+        k_scale=k_scale, v_scale=v_scale, max_query_len=max_query_len, **shared,
+    )  # fmt: skip
+
+
+def prepare(
+    kv_pool: jax.Array,
+    num_kv_heads: int,
+    head_dim: int,
+    num_tokens: int,
+    seq_lens: jax.Array,
+    block_tables: jax.Array,
+    query_start: jax.Array,
+    distribution: jax.Array,
+    *,
+    max_query_len: int | None = None,
+) -> Any:
+    """A tree of arrays that all layers of a step share, to be given to each of their calls with the
+    same arguments; None where the pool's layout says that an implementation runs which has no use
+    for it."""
+    if not is_physical(kv_pool.shape, num_kv_heads, head_dim):
+        return None
+    from pallas_kernels.ragged_paged_attention import tpu
+
+    return tpu.prepare(
+        head_dim, kv_pool, num_tokens, seq_lens, block_tables, query_start, distribution,
+        max_query_len,
     )  # fmt: skip
 
 

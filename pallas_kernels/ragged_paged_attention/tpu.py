@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,14 @@ SEGMENT_BYTES = 4 << 20  # of VMEM for blocks on their way through a write
 VMEM_RESERVE = 8 << 20  # for what the compiler puts there beside the scratch
 
 
+class Prepared(NamedTuple):
+    """What all layers of a step share, see prepare."""
+
+    valid: jax.Array  # [T] bool: tokens that are no padding
+    segments: jax.Array  # see write_segments
+    num_segments: jax.Array
+
+
 def ragged_paged_attention(
     q: jax.Array,  # [T, H, D]
     k: jax.Array,  # [T, K, D]
@@ -58,6 +66,7 @@ def ragged_paged_attention(
     k_scale: jax.Array | float = 1.0,
     v_scale: jax.Array | float = 1.0,
     max_query_len: int | None = None,
+    prepared: Prepared | None = None,
     sizes: BlockSizes | None = None,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -67,14 +76,12 @@ def ragged_paged_attention(
     num_kv_heads = k.shape[1]
     problem, tiles = plan(q, k, kv_pool, block_tables, window, soft_cap, max_query_len, sizes)
     segment_tokens = problem.segment_rows * problem.layout.fold
-    rows = token_rows(num_tokens, seq_lens, query_start, distribution)
+    prepared = prepared or prepare(
+        q.shape[2], kv_pool, num_tokens, seq_lens, block_tables, query_start, distribution,
+        max_query_len,
+    )  # fmt: skip
     new = _token_words(problem, new_elements(k, v, k_scale, v_scale, kv_pool.dtype))
     new = jnp.pad(new, ((segment_tokens, segment_tokens), (0, 0), (0, 0)))
-    segments, num_segments = write_segments(
-        num_tokens, seq_lens, block_tables, query_start, distribution,
-        problem.block_size, segment_tokens, problem.layout.fold,
-        single_only=max_query_len == 1,
-    )  # fmt: skip
     scales = _scales(scale, soft_cap, k_scale, v_scale, num_kv_heads)
     query_words = _query_words(problem, q, max(tile.num_tokens for _, tile in tiles))
     if block_tables.shape[1] < problem.max_blocks:
@@ -84,11 +91,36 @@ def ragged_paged_attention(
     out_words, kv_pool = _call(
         problem, tiles, interpret,
         [jnp.asarray(layer, jnp.int32).reshape(1), jnp.asarray(window, jnp.int32).reshape(1),
-         distribution, seq_lens, query_start, segments, num_segments],
+         distribution, seq_lens, query_start, prepared.segments, prepared.num_segments],
         scales, query_words, new, block_tables, sink_words, kv_pool,
     )  # fmt: skip
     out = _outputs(problem, out_words, num_tokens, num_heads)
-    return jnp.where(rows.valid[:, None, None], out, 0).astype(q.dtype), kv_pool
+    return jnp.where(prepared.valid[:, None, None], out, 0).astype(q.dtype), kv_pool
+
+
+def prepare(
+    head_dim: int,
+    kv_pool: jax.Array,
+    num_tokens: int,
+    seq_lens: jax.Array,
+    block_tables: jax.Array,
+    query_start: jax.Array,
+    distribution: jax.Array,
+    max_query_len: int | None,
+) -> Prepared:
+    """What does not depend on the layer, by which a program with many layers computes it once."""
+    fold = pool_layout(head_dim).fold
+    rows = token_rows(num_tokens, seq_lens, query_start, distribution)
+    segments, num_segments = write_segments(
+        num_tokens, seq_lens, block_tables, query_start, distribution,
+        kv_pool.shape[3] * fold, _segment_rows(kv_pool) * fold, fold,
+        single_only=max_query_len == 1,
+    )  # fmt: skip
+    return Prepared(rows.valid, segments, num_segments)
+
+
+def _segment_rows(kv_pool: jax.Array) -> int:
+    return min(kv_pool.shape[3], SUBLANES * 4 // kv_pool.dtype.itemsize)
 
 
 def plan(
@@ -115,7 +147,7 @@ def plan(
     fetch_blocks = max(1, min(sizes.fetch_tokens // block_size, longest))
     window_entries = -(-(fetch_blocks + TABLE_ALIGNMENT - 1) // TABLE_ALIGNMENT) * TABLE_ALIGNMENT
     whole = -(-block_tables.shape[1] // TABLE_ALIGNMENT) * TABLE_ALIGNMENT
-    segment_rows = min(rows_per_block, SUBLANES * 4 // kv_pool.dtype.itemsize)
+    segment_rows = _segment_rows(kv_pool)
     segment_bytes = num_kv_heads * segment_rows * layout.lanes * (4 * layout.fold + 4)
     problem = Problem(
         num_kv_heads=num_kv_heads,
