@@ -13,10 +13,11 @@ import pytest
 # Before jax is imported, here and in the processes that tests start. libtpu, which the tests of
 # kernels compile with, would else be asked first for a TPU that is not there: 13 s a process.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Processes of pytest-xdist ignore Ctrl-C, and those that their tests start would inherit that.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from jaxllm.loading.hub import find_model
+
+# Processes of pytest-xdist ignore Ctrl-C, and those that their tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. The dog sleeps; the fox doesn't.",
