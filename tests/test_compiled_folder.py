@@ -123,7 +123,7 @@ def test_programs_for_a_tpu_are_stored(tiny_llama_folder: Path, tmp_path: Path) 
     assert manifest["device"]["kind"] == "TPU v6 lite"
     assert manifest["device"]["number"] == 2
     assert "libtpu" in manifest["versions"]
-    assert manifest["num_blocks"] == 64  # 8 sequences of 128 tokens in blocks of 16
+    assert manifest["num_blocks"] == 32  # 8 sequences of 128 tokens in blocks of 32
     assert len(list(out.glob("*.bin"))) == len(manifest["programs"]) == 4
     with pytest.raises(CompiledFolderError, match="device: platform was 'tpu' and is 'cpu' now"):
         LLM(str(tiny_llama_folder), compiled=out, **LIMITS)
