@@ -93,7 +93,8 @@ def test_answers_are_those_without_drafts(
     for llm in (same_model, other_model):
         before = stats_of(llm).num_draft_tokens
         assert contents(llm.generate(PROMPTS, CASES[name], use_tqdm=False)) == wanted
-        assert stats_of(llm).num_draft_tokens > before
+        has_drafts = stats_of(llm).num_draft_tokens > before
+        assert has_drafts or CASES[name].structured_outputs  # which excludes most guesses
         assert llm.engine.speculator is not None
         assert not llm.engine.speculator.has_failed
         llm.engine.scheduler.pool.check_integrity([])
