@@ -53,7 +53,14 @@ def tiny_llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_llm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def program_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for compiled programs that all processes of pytest-xdist share."""
+    own = tmp_path_factory.getbasetemp()
+    return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "program-cache"
+
+
+@pytest.fixture(scope="session")
+def tiny_llm(program_cache: Path) -> dict[str, Any]:
     """Options that keep an engine of the tiny model small, and strict about late compilation. Its
     programs are compiled once a session."""
     return {
@@ -61,7 +68,7 @@ def tiny_llm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "max_num_seqs": 8,
         "max_num_batched_tokens": 64,
         "forbid_compile": True,
-        "cache_dir": tmp_path_factory.mktemp("cache"),
+        "cache_dir": program_cache,
     }
 
 
