@@ -241,7 +241,7 @@ def assert_every_variant_equals_the_oracle(case: Case) -> None:
 
 
 @needs_native
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     **RAGGED,
     head_dim=st.sampled_from([2, 8, 64, 80, 96, 128, 256]),
