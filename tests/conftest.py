@@ -13,8 +13,6 @@ import pytest
 # Before jax is imported, here and in the processes that tests start. libtpu, which the tests of
 # kernels compile with, would else be asked first for a TPU that is not there: 13 s a process.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "PYTEST_XDIST_WORKER" in os.environ:  # torch's threads wait by spinning, also for the other's
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from jaxllm.loading.hub import find_model
 
