@@ -23,7 +23,8 @@ from jaxllm.loading.gguf_source import GGUFFile
 from jaxllm.outputs import RequestOutput
 from jaxllm.structured_outputs import StructuredOutputsParams
 
-pytestmark = pytest.mark.long
+# torch reads 0.5 GB a token, which takes ten minutes on a slow machine
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1500)]
 
 NUM_TOKENS = 64
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
