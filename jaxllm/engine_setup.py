@@ -40,8 +40,7 @@ def build_model(config: ModelConfig, options: EngineOptions, placement: Placemen
         raise ValueError("layer_loop 'packed' is for one CPU; use 'scan' or 'auto'")
     if layer_loop == "auto":
         on_cpu = "packed" if can_pack(config, dtype) and native.is_available() else "switch"
-        on_one_cpu = placement.platform == "cpu" and placement.mesh is None
-        layer_loop = on_cpu if on_one_cpu else "scan"
+        layer_loop = on_cpu if placement.is_one_cpu else "scan"
     loop: LayerLoop = layer_loop  # type: ignore[assignment]
     return Model(config, loop, jnp.dtype(dtype), placement.num_devices)
 

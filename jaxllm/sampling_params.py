@@ -163,6 +163,11 @@ class SamplingParams:
         return self.num_sequences > self.n
 
     @property
+    def is_scored(self) -> bool:
+        """Whether log-probabilities of the answers' tokens are wanted, or needed to rank them."""
+        return self.logprobs is not None or self.ranks_answers
+
+    @property
     def greedy(self) -> bool:
         return self.temperature < GREEDY_TEMPERATURE
 

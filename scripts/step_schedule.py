@@ -28,10 +28,10 @@ import check_configs
 import kernel_schedule
 import tpu_dumps
 
+from jaxllm.runtime import kv_cache
 from jaxllm.runtime.chips import CHIPS, Chip
 from jaxllm.runtime.compilation import lower
 from jaxllm.runtime.memory import StepMemory
-from jaxllm.runtime.sharding import device_bytes
 
 KERNEL = "ragged_paged_attention"
 LEAST = 2100  # cycles that the compiler gives any operation of its own
@@ -168,10 +168,9 @@ def estimate(arguments: argparse.Namespace, folder: Path) -> None:
     seconds = time.process_time() - started
     (text,) = folder.glob("*after_codegen.txt")
     parts = cycles(*read_program(text.read_text(), attention))
-    weights = device_bytes({n: p for n, p in programs.parameters.items() if n != "embed"})
-    context = arguments.num_seqs * arguments.context * 2 * model.num_layers
-    context *= model.num_kv_heads * model.head_dim * programs.model.dtype.itemsize
-    bound = round((weights + context) / tpu_dumps.bytes_per_cycle(chip))
+    of_token = kv_cache.block_bytes(model, 1, programs.model.dtype)
+    context = arguments.num_seqs * arguments.context * of_token
+    bound = round((programs.weights_read + context) / tpu_dumps.bytes_per_cycle(chip))
     name = f"{arguments.config} {chip.name}, {fitting[0]}, {arguments.context} tokens each"
     report(name, seconds, StepMemory.of(compiled), chip, parts, bound)
 

@@ -12,8 +12,7 @@ def forced_tokens(sequence: Sequence, constraint: Constraint) -> list[int]:
     """The tokens that come next in any case, by a constraint of the sequence: they need no logits,
     and their keys and values are computed with those of the token that follows. None where
     something is wanted of the logits, or kept of sampled tokens on the device."""
-    params = sequence.params
-    if params.logprobs is not None or params.ranks_answers or uses_table(sequence):
+    if sequence.params.is_scored or uses_table(sequence):
         return []
     return constraint.forced()
 

@@ -74,7 +74,7 @@ class SequenceState:
         detokenizer: Detokenizer | None,
     ):
         params = sequence.params
-        self.is_scored = params.logprobs is not None or params.ranks_answers
+        self.is_scored = params.is_scored
         self.request = request
         self.sequence = sequence
         self.detokenizer = detokenizer

@@ -79,7 +79,7 @@ class DeviceStep:
         else:
             tokens = tokens[: self.batch.num_steps, :num_seqs]
         logprobs = prompt_logprobs = None
-        if any(p.logprobs is not None or p.ranks_answers for p in params):
+        if any(p.is_scored for p in params):
             logprobs = _fetch(self.outputs.logprobs, self.batch.num_rows)
         has_prompt_rows = self.outputs.prompt_logprobs.logprobs.shape[0] > 0
         if has_prompt_rows and any(p.prompt_logprobs is not None for p in params):
@@ -147,7 +147,7 @@ class ModelRunner:
         self._state = None  # freed before its successor is allocated
         self._packer.reset()
         self._state = self._compiler.get(ALLOCATE)()
-        if self.placement.platform == "cpu" and self.placement.mesh is None:
+        if self.placement.is_one_cpu:
             use_huge_pages(self._state.kv_pool, filled=False)
 
     def close(self) -> None:

@@ -87,6 +87,11 @@ class Placement:
     def platform(self) -> str:
         return self.devices[0].platform
 
+    @property
+    def is_one_cpu(self) -> bool:
+        """Whether all lies in this process's memory, where C++ kernels can work on it."""
+        return self.platform == "cpu" and self.mesh is None
+
     def whole(self, tree: Any) -> Any:
         """A tree of shapes that lie whole on every device."""
         sharding = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
@@ -108,7 +113,7 @@ class Placement:
         """A parameter on the devices. name: the last key of its path."""
         if self.mesh is None:
             parameter = jax.device_put(array, self.devices[0])
-            if self.platform == "cpu":
+            if self.is_one_cpu:
                 use_huge_pages(parameter, filled=True)
             return parameter
         return jax.device_put(array, self._of_parameter(name, array.shape))
