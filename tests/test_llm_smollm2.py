@@ -95,7 +95,7 @@ def prompts(float32: LLM) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def expected(reference: TorchModel, prompts: list[list[int]]) -> list[list[int]]:
-    return [reference.greedy(prompt, NUM_TOKENS) for prompt in prompts]
+    return reference.greedy_of_all(prompts, NUM_TOKENS)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -146,6 +146,7 @@ class TestFloat32EqualsTransformers:
 
     def test_alone(self) -> None:
         set_limits(self.llm)
+        self.prompts, self.expected = self.prompts[:3], self.expected[:3]  # the slowest way
         self.check([generate(self.llm, [prompt], GREEDY)[0] for prompt in self.prompts])
 
     def test_batched_then_with_a_warm_prefix_cache(self) -> None:

@@ -73,13 +73,19 @@ class TorchModel:
 
     def greedy(self, prompt: Sequence[int], num_tokens: int) -> list[int]:
         """num_tokens tokens by transformers' own generate, end of sequence ignored."""
-        ids = torch.tensor([list(prompt)])
+        return self.greedy_of_all([prompt], num_tokens)[0]
+
+    def greedy_of_all(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
+        """The same of several prompts, padded on the left: the weights are read once a token."""
+        width = max(map(len, prompts))
+        padding = [[0] * (width - len(prompt)) for prompt in prompts]
+        ids = torch.tensor([[*p, *prompt] for p, prompt in zip(padding, prompts, strict=True)])
+        mask = torch.tensor([[*p, *[1] * len(x)] for p, x in zip(padding, prompts, strict=True)])
         options = transformers.GenerationConfig(
             do_sample=False, max_new_tokens=num_tokens, eos_token_id=None, pad_token_id=0
         )
-        mask = torch.ones_like(ids)
         out = self.module.generate(ids, generation_config=options, attention_mask=mask)
-        tokens: list[int] = out[0, len(prompt) :].tolist()
+        tokens: list[list[int]] = out[:, width:].tolist()
         return tokens
 
     def beam_search(
