@@ -103,12 +103,12 @@ def _sample_rows(
     tokens_before: jax.Array | None,
 ) -> jax.Array:
     def with_table(logits: jax.Array) -> jax.Array:
-        info = tables.token_info[slots]  # [S, V]
+        info = _rows_of(tables.token_info, slots)  # [S, V]
         if tokens_before is not None:
             rows = jnp.arange(slots.shape[0])
             for tokens in tokens_before.T:
                 info = count_tokens(info, rows, tokens, tokens != NO_TOKEN)
-        changed = apply_table(logits, inputs, info, tables.logit_bias[slots])
+        changed = apply_table(logits, inputs, info, _rows_of(tables.logit_bias, slots))
         return jnp.where(inputs.uses_table[:, None] > 0, changed, logits)
 
     def with_mask(logits: jax.Array) -> jax.Array:
@@ -122,6 +122,16 @@ def _sample_rows(
         lambda: jnp.where(inputs.temperature > 0, draw(logits, inputs), best),
         lambda: best,
     )
+
+
+def _rows_of(table: jax.Array, slots: jax.Array) -> jax.Array:
+    """The rows [S, V] of a table [num_slots, V]. For TPU one by one: the compiler takes seconds of
+    processor time over a gather of rows this long."""
+
+    def one_by_one() -> jax.Array:
+        return jax.lax.map(lambda slot: jax.lax.dynamic_index_in_dim(table, slot, 0, False), slots)
+
+    return jax.lax.platform_dependent(tpu=one_by_one, default=lambda: table[slots])
 
 
 def apply_table(
