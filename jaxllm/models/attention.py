@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
@@ -37,23 +38,19 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(head_dim, epsilon, dtype) if has_norms else None
         self.k_norm = RMSNorm(head_dim, epsilon, dtype) if has_norms else None
 
-    def queries_keys_values(
-        self, x: jax.Array, call: Call
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """[T, E] -> [T, H, D], [T, K, D], [T, K, D], before the rotation."""
+    def heads(self, x: jax.Array, call: Call) -> jax.Array:
+        """[T, E] -> [T, K, G+2, D]: each group's queries, key and value, before the rotation."""
         qkv = project(
             x, self.qkv_kernel[...], call, math.prod(self.group), bias=self.qkv_bias, dtype=x.dtype
         )
         # Else a compiler for TPU lets the heads decide how the kernel is to lie, and lays it out
         # anew before each step.
         qkv = lax.optimization_barrier(qkv)
-        num_tokens, head_dim = x.shape[0], self.group[-1]
-        qkv = qkv.reshape(num_tokens, *self.group)  # [T, K, G+2, D]
-        q = qkv[:, :, :-2].reshape(num_tokens, -1, head_dim)  # [T, H, D]
-        k, v = qkv[:, :, -2], qkv[:, :, -1]  # [T, K, D]
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return q, k, v
+        qkv = qkv.reshape(x.shape[0], *self.group)
+        if self.q_norm is None or self.k_norm is None:
+            return qkv
+        q, k, v = qkv[:, :, :-2], qkv[:, :, -2:-1], qkv[:, :, -1:]
+        return jnp.concatenate([self.q_norm(q), self.k_norm(k), v], axis=2)
 
     def output(self, mixed: jax.Array, call: Call) -> jax.Array:
         """[T, H, D] -> [T, E]: what attention adds to the residual stream."""

@@ -21,7 +21,7 @@ from jaxllm.config import ModelConfig
 from jaxllm.models import merging, packing
 from jaxllm.models.attention import Attention
 from jaxllm.models.layers import PACKED, Call, Embedding, FeedForward, Head, RMSNorm
-from jaxllm.models.rope import apply_rope, build_rope, rope_tables
+from jaxllm.models.rope import build_rope, rope_tables, rotated_heads
 from jaxllm.runtime.sharding import kv_repeats, with_repeated_kv_heads
 
 LayerLoop = Literal["switch", "scan", "packed"]
@@ -42,9 +42,9 @@ class DecoderLayer(nnx.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.mlp = FeedForward(config, dtype, rngs)
 
-    def before(self, x: jax.Array, call: Call) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """[T, E] -> queries [T, H, D], keys and values [T, K, D], not yet rotated."""
-        return self.attention.queries_keys_values(self.attention_norm(x), call)
+    def before(self, x: jax.Array, call: Call) -> jax.Array:
+        """[T, E] -> [T, K, G+2, D]: queries, key and value of each group, not yet rotated."""
+        return self.attention.heads(self.attention_norm(x), call)
 
     def after(self, x: jax.Array, mixed: jax.Array, call: Call) -> jax.Array:
         """The residual stream [T, E] with attention's result [T, H, D] and the feed-forward."""
@@ -277,7 +277,7 @@ class Model:
 
     def _attend(
         self,
-        qkv: tuple[jax.Array, jax.Array, jax.Array],
+        qkv: jax.Array,
         tables: Tables,
         kv_pool: Any,
         attend: Attend,
@@ -285,8 +285,7 @@ class Model:
         window: jax.Array | None,
     ) -> tuple[jax.Array, Any]:
         """Rotation and attention: [T, H, D] in the model's type, and the new pool."""
-        q, k, v = qkv
-        q, k = apply_rope(q, *tables), apply_rope(k, *tables)
+        q, k, v = rotated_heads(qkv, *tables)
         # A window that all layers share stays a Python int, which lets a kernel leave masks out.
         shared = self.config.window(0)
         mixed, kv_pool = attend(q, k, v, kv_pool, layer, shared if window is None else window)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxllm.config import ModelConfig, ModelError, RopeConfig
 
@@ -171,3 +172,44 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)  # [T, heads, D/2]
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
+
+
+def rotated_heads(
+    qkv: jax.Array, cos: jax.Array, sin: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries [T, H, D], keys and values [T, K, D] from groups of heads qkv [T, K, G+2, D], whose
+    last is the value; queries and keys are turned by the tables [T, D/2]."""
+    return lax.platform_dependent(qkv, cos, sin, tpu=turned_at_once, default=_turned_apart)
+
+
+def _turned_apart(
+    qkv: jax.Array, cos: jax.Array, sin: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    q, k, v = _split(qkv)
+    return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
+
+
+def turned_at_once(
+    qkv: jax.Array, cos: jax.Array, sin: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The form of `rotated_heads` for TPU. Halves of a head are halves of a register there, and
+    exchanging them costs its vector unit more than a product with a permutation costs the matrix
+    unit; so do slices of few heads, which are therefore taken last."""
+    half = qkv.shape[-1] // 2
+    exchange = np.zeros((2 * half, 2 * half), np.float32)  # [first, second] -> [-second, first]
+    exchange[range(half, 2 * half), range(half)] = -1
+    exchange[range(half), range(half, 2 * half)] = 1
+    precision = lax.Precision.HIGHEST if qkv.dtype == jnp.float32 else lax.Precision.DEFAULT
+    exchanged = jnp.einsum(
+        "tkgd,de->tkge", qkv, jnp.asarray(exchange, qkv.dtype),
+        precision=precision, preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    cos, sin = (jnp.concatenate([table, table], axis=-1)[:, None, None] for table in (cos, sin))
+    wide = qkv.astype(jnp.float32)
+    is_value = (jnp.arange(qkv.shape[2]) == qkv.shape[2] - 1)[:, None]
+    return _split(jnp.where(is_value, wide, wide * cos + exchanged * sin).astype(qkv.dtype))
+
+
+def _split(qkv: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    q = qkv[:, :, :-2].reshape(qkv.shape[0], -1, qkv.shape[-1])
+    return q, qkv[:, :, -2], qkv[:, :, -1]

@@ -55,7 +55,7 @@ def test_every_product_sums_in_float32(dtype: Any, precision: Any, tied: bool) -
     ids = jax.ShapeDtypeStruct((8,), jnp.int32)
     jaxpr = jax.make_jaxpr(step)(model.stored_parameters(), ids).jaxpr
     products = list(_equations(jaxpr, lax.dot_general_p))
-    assert len(products) == 5  # qkv, out, gate and up, down, head
+    assert len(products) == 6  # qkv, TPU's rotation, out, gate and up, down, head
     for product in products:
         assert {operand.aval.dtype for operand in product.invars} == {jnp.dtype(dtype)}
         assert product.outvars[0].aval.dtype == jnp.float32

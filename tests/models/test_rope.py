@@ -15,7 +15,13 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from jaxllm.config import ModelConfig, ModelError, RopeConfig
-from jaxllm.models.rope import apply_rope, build_rope, rope_tables
+from jaxllm.models.rope import (
+    apply_rope,
+    build_rope,
+    rope_tables,
+    rotated_heads,
+    turned_at_once,
+)
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}
 SCALED = {
@@ -99,6 +105,27 @@ def test_rotation_equals_transformers(dtype: Any) -> None:
     assert turned.dtype == dtype
     rounding = 2**-8 if dtype == jnp.bfloat16 else 1e-6  # once, at the end
     np.testing.assert_allclose(np.asarray(turned, np.float32), expected, rtol=rounding, atol=1e-6)
+
+
+@pytest.mark.parametrize("rotate", [rotated_heads, turned_at_once])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_heads_of_groups_are_turned_but_for_the_values(rotate: Any, dtype: Any) -> None:
+    rng = np.random.default_rng(1)
+    qkv = jnp.asarray(rng.standard_normal((5, 2, 3 + 2, 16)), dtype)  # [T, K, G+2, D]
+    angles = rng.uniform(0, 2 * math.pi, (5, 8)).astype(np.float32)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    q, k, v = rotate(qkv, cos, sin)
+    heads = [qkv[:, group, i] for group in range(2) for i in range(3)]
+    tolerance = {"rtol": 2**-8 if dtype == jnp.bfloat16 else 1e-6, "atol": 1e-6}
+    for turned, expected in (
+        (q, apply_rope(jnp.stack(heads, axis=1), cos, sin)),
+        (k, apply_rope(qkv[:, :, 3], cos, sin)),
+        (v, qkv[:, :, 4]),
+    ):
+        assert turned.dtype == dtype
+        np.testing.assert_allclose(
+            np.asarray(turned, np.float32), np.asarray(expected, np.float32), **tolerance
+        )
 
 
 @pytest.mark.filterwarnings("error")
