@@ -206,7 +206,7 @@ def turned_at_once(
     )  # fmt: skip
     cos, sin = (jnp.concatenate([table, table], axis=-1)[:, None, None] for table in (cos, sin))
     wide = qkv.astype(jnp.float32)
-    is_value = (jnp.arange(qkv.shape[2]) == qkv.shape[2] - 1)[:, None]
+    is_value = (np.arange(qkv.shape[2]) == qkv.shape[2] - 1)[:, None]
     return _split(jnp.where(is_value, wide, wide * cos + exchanged * sin).astype(qkv.dtype))
 
 

@@ -81,9 +81,10 @@ def ragged_paged_attention(
         max_query_len,
     )  # fmt: skip
     new = _token_words(problem, new_elements(k, v, k_scale, v_scale, kv_pool.dtype))
-    new = jnp.pad(new, ((segment_tokens, segment_tokens), (0, 0), (0, 0)))
+    if max_query_len != 1:  # copied by whole segments, which may begin before the first token
+        new = jnp.pad(new, ((segment_tokens, segment_tokens), (0, 0), (0, 0)))
     scales = _scales(scale, soft_cap, k_scale, v_scale, num_kv_heads)
-    query_words = _query_words(problem, q, max(tile.num_tokens for _, tile in tiles))
+    query_words = _query_words(problem, q, max(tile.num_tokens for _, tile in tiles) - 1)
     if block_tables.shape[1] < problem.max_blocks:
         missing = problem.max_blocks - block_tables.shape[1]
         block_tables = jnp.pad(block_tables, ((0, 0), (0, missing)))
@@ -267,7 +268,8 @@ def write_segments(
     one token each, which come first, and in all.
 
     Columns: block; row in it; the token that would be the segment's token 0, counted from
-    segment_tokens before the first; from which to which of its tokens it is written.
+    segment_tokens before the first (single_only: from the first); from which to which of its
+    tokens it is written.
     """
     num_seqs = seq_lens.shape[0]
     num_single, num_real = distribution[0], distribution[2]
@@ -287,7 +289,7 @@ def write_segments(
     segments = jnp.stack([
         block_tables[s, block],
         start % block_size // fold,
-        query_start[s] + start - old_len + segment_tokens,
+        query_start[s] + start - old_len + (0 if single_only else segment_tokens),
         jnp.maximum(old_len - start, 0),
         jnp.minimum(seq_lens[s] - start, segment_tokens),
     ])  # fmt: skip
