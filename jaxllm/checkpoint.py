@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxllm.config import ModelConfig
@@ -52,7 +51,7 @@ class Checkpoint:
     def load(self, model: Model, placement: Placement) -> dict[str, Any]:
         """The model's parameters, on the devices."""
 
-        def put(array: np.ndarray, path: tuple[Any, ...]) -> jax.Array:
+        def put(array: np.ndarray, path: tuple[Any, ...]) -> Any:
             return placement.put(model.stored(array, path), path[-1])
 
         return load_parameters(self.config, model.abstract_parameters(), self.source, put=put)

@@ -8,6 +8,10 @@ from pathlib import Path
 NGRAM, DRAFT = "ngram", "draft:"  # the latter before a model's name
 DEFAULT_SPECULATIVE_TOKENS = 7  # with the token before them as many rows as products are padded to
 MAX_SPECULATIVE_TOKENS = 31
+KV_CACHE_DTYPES = {
+    "int8": "int8", "fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn",
+    "fp8_e5m2": "float8_e5m2",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +19,10 @@ class EngineOptions:
     """What a user may say about an engine; None or "auto" is resolved by `start_engine`.
 
     dtype: "auto" (float32 for a float32 checkpoint, else bfloat16), "bfloat16" or "float32".
+    quantization: "int8" (weights of 8 bits with a scale a channel, see quantization/int8.py) or
+        None.
+    kv_cache_dtype: of stored keys and values: "auto" (dtype), "int8", "fp8" (or "fp8_e4m3") or
+        "fp8_e5m2", with scales that are measured at start-up (quantization/kv_scales.py).
     max_model_len: longest sequence in tokens; None: what the model was made for.
     max_num_seqs: most sequences of a step; None: 64 on CPU, else 256.
     max_num_batched_tokens: token budget of a step; None: 512 on CPU, else 2048.
@@ -48,6 +56,8 @@ class EngineOptions:
     tokenizer: str | Path | None = None
     revision: str | None = None
     dtype: str = "auto"
+    quantization: str | None = None
+    kv_cache_dtype: str = "auto"
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
@@ -92,13 +102,16 @@ class EngineOptions:
     def _check_choices(self) -> None:
         for name, choices in (
             ("dtype", ("auto", "bfloat16", "float32")),
+            ("quantization", (None, "int8")),
+            ("kv_cache_dtype", ("auto", *KV_CACHE_DTYPES)),
             ("layer_loop", ("auto", "packed", "switch", "scan")),
             ("scheduling_policy", ("fcfs", "priority")),
             ("compilation", ("background", "ahead", "on_demand")),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(
-                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                    f"{name} must be one of {', '.join(map(str, choices))}, got "
+                    f"{getattr(self, name)!r}"
                 )
         for name in (
             "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size",

@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import jax
-import jax.numpy as jnp
 
 from jaxllm.config import EngineConfig, ModelConfig
-from jaxllm.engine_options import EngineOptions
+from jaxllm.engine_options import KV_CACHE_DTYPES, EngineOptions
 from jaxllm.models.decoder import LayerLoop, Model, can_pack
 from jaxllm.runtime import kv_cache, memory
 from jaxllm.runtime.compilation import Compiler
@@ -21,10 +20,14 @@ from jaxllm.runtime.programs import StepPrograms
 from jaxllm.runtime.sharding import Placement, check_divisible, device_bytes
 from jaxllm.runtime.step import StepOptions
 from pallas_kernels import native
+from pallas_kernels.ragged_paged_attention.tpu_layout import pool_layout
 
 BLOCK_SIZE = 16
 # A TPU's kernel copies block by block, at some cycles each whatever its size, see docs/kernels.md.
 BLOCK_SIZES = {"tpu": 32}
+# Rows of a block of 8 bits on TPU: of more, a compiler assumes other tiles than the kernel has, and
+# lays out the whole pool anew before and after each step.
+MOST_ROWS_OF_8_BITS = 16
 
 logger = logging.getLogger(__name__)
 
@@ -35,14 +38,24 @@ def build_model(config: ModelConfig, options: EngineOptions, placement: Placemen
     dtype = options.dtype
     if dtype == "auto":
         dtype = "float32" if config.checkpoint_dtype == "float32" else "bfloat16"
+    kv_dtype = KV_CACHE_DTYPES.get(options.kv_cache_dtype, dtype)
+    if options.attention == "cpu" and kv_dtype != dtype:
+        raise ValueError(
+            f"attention 'cpu' does not read a kv_cache_dtype of {options.kv_cache_dtype!r}; use "
+            f"'xla' or None"
+        )
     layer_loop = options.layer_loop
     if layer_loop == "packed" and placement.mesh is not None:
         raise ValueError("layer_loop 'packed' is for one CPU; use 'scan' or 'auto'")
     if layer_loop == "auto":
-        on_cpu = "packed" if can_pack(config, dtype) and native.is_available() else "switch"
+        packs = can_pack(config, dtype) and native.is_available() and not options.quantization
+        on_cpu = "packed" if packs else "switch"
         layer_loop = on_cpu if placement.is_one_cpu else "scan"
     loop: LayerLoop = layer_loop  # type: ignore[assignment]
-    return Model(config, loop, jnp.dtype(dtype), placement.num_devices)
+    return Model(
+        config, loop, dtype, placement.num_devices,
+        quantization=options.quantization, kv_dtype=kv_dtype,
+    )  # fmt: skip
 
 
 def step_options(options: EngineOptions, placement: Placement) -> StepOptions:
@@ -66,7 +79,7 @@ def smallest_config(model: Model, options: EngineOptions, placement: Placement) 
             f"positions are made for"
         )
     max_num_seqs = options.max_num_seqs or (64 if on_cpu else 256)
-    block_size = options.block_size or BLOCK_SIZES.get(placement.platform, BLOCK_SIZE)
+    block_size = _block_size(model, options, placement)
     return EngineConfig(
         num_blocks=math.ceil(max_model_len / block_size),
         block_size=block_size,
@@ -82,6 +95,19 @@ def smallest_config(model: Model, options: EngineOptions, placement: Placement) 
         num_speculative_tokens=options.max_drafts,
         max_steps_per_dispatch=options.max_steps_per_dispatch or (1 if on_cpu else 4),
     )
+
+
+def _block_size(model: Model, options: EngineOptions, placement: Placement) -> int:
+    platform = placement.platform
+    if platform != "tpu" or model.kv_dtype.itemsize > 1:
+        return options.block_size or BLOCK_SIZES.get(platform, BLOCK_SIZE)
+    largest = MOST_ROWS_OF_8_BITS * pool_layout(model.config.head_dim).fold
+    if options.block_size is not None and options.block_size > largest:
+        raise ValueError(
+            f"block_size must be at most {largest} for a kv_cache_dtype of 8 bits on TPU, got "
+            f"{options.block_size}"
+        )
+    return options.block_size or largest
 
 
 def draft_config(config: EngineConfig) -> EngineConfig:
@@ -187,7 +213,7 @@ def _measure(programs: StepPrograms, compiler: Compiler) -> DeviceNeeds:
 
 def block_bytes(model: Model, block_size: int, placement: Placement) -> int:
     """Bytes of one block on one device, without padding."""
-    return kv_cache.block_bytes(model.config, block_size, model.dtype) // placement.num_devices
+    return kv_cache.block_bytes(model.config, block_size, model.kv_dtype) // placement.num_devices
 
 
 def _keys_vary(model: Model, max_model_len: int) -> bool:

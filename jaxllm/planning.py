@@ -77,6 +77,8 @@ class Plan:
     num_chips: int
     config: EngineConfig
     dtype: str
+    quantization: str | None
+    kv_cache_dtype: str
     memory: int
     parameters: int
     state: int
@@ -154,7 +156,8 @@ class Planner:
         programs = self.programs
         total = self.chip.memory
         return Plan(
-            self.chip, self.num_chips, programs.config, programs.model.dtype.name, total,
+            self.chip, self.num_chips, programs.config, programs.model.dtype.name,
+            programs.model.quantization, programs.model.kv_dtype.name, total,
             device_bytes(programs.parameters), device_bytes(programs.state[1:]), 0, 0,
             memory.reserve(total),
             block_bytes(programs.model, programs.config.block_size, programs.placement), False,
@@ -251,13 +254,10 @@ class Planner:
         if not plan.is_compiled:
             plan = replace(plan, temporaries=self._estimated().temporaries)
         found = [self._more_chips(plan), self._shorter(plan), self._fewer_sequences(plan)]
-        lacking = plan.config.max_blocks_per_seq * plan.block - plan.pool
-        smaller = plan.parameters // 2
-        if plan.dtype == "bfloat16" and smaller >= lacking:
-            found.append("int8 weights would fit, but this engine does not compute with them yet")
-        half_pool = plan.config.max_blocks_per_seq * plan.block // 2
-        if half_pool >= lacking:
-            found.append("an fp8 KV cache would fit, but this engine does not have one yet")
+        if self._resized(plan, replace(self._options, quantization="int8")).fits:
+            found.append("--quantization int8")
+        if self._resized(plan, replace(self._options, kv_cache_dtype="fp8")).fits:
+            found.append("--kv-cache-dtype fp8")
         return tuple(text for text in found if text) or (
             "no number of these chips, shorter context or fewer sequences would do",
         )
@@ -268,19 +268,25 @@ class Planner:
             if num_chips <= self.num_chips:
                 continue
             try:
-                programs = _programs(
-                    self._config, self._options, _only_shapes(self.programs.placement, num_devices)
-                )
+                other = self._resized(plan, self._options, num_devices)
             except ValueError:  # so many cannot share its heads
                 continue
-            other = replace(
-                plan,
-                parameters=device_bytes(programs.parameters),
-                block=block_bytes(programs.model, plan.config.block_size, programs.placement),
-            )
             if other.fits:
                 return f"--chips {num_chips}"
         return None
+
+    def _resized(self, plan: Plan, options: EngineOptions, num_devices: int | None = None) -> Plan:
+        """The plan with the parameters and blocks of other options or of another number of devices,
+        by shapes."""
+        placement = self.programs.placement
+        if num_devices is not None:
+            placement = _only_shapes(placement, num_devices)
+        programs = _programs(self._config, options, placement)
+        return replace(
+            plan,
+            parameters=device_bytes(programs.parameters),
+            block=block_bytes(programs.model, plan.config.block_size, programs.placement),
+        )
 
     def _shorter(self, plan: Plan) -> str | None:
         tokens = plan.pool // plan.block * plan.config.block_size

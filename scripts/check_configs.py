@@ -46,12 +46,13 @@ class Setup:
 
 SETUPS = (
     Setup("llama-3-8b-v6e", "llama-3.1-8b", 1, ("v6e", "v7x")),
+    Setup("llama-3-8b-v5e", "llama-3.1-8b", 1, ("v5e",)),
     Setup("llama-3-8b-v5e-8", "llama-3.1-8b", 8, ("v5e", "v6e", "v7x")),
     Setup("qwen3-32b-v6e-8", "qwen3-32b", 8, ("v6e", "v5e", "v7x")),
     Setup("smollm2-135m-v5e", "smollm2-135m", 1, ("v5e", "v6e", "v7x")),
 )
 KINDS = ("decode", "mixed")  # the smallest of the one, the largest of the other
-IN_CI = ("smollm2-135m-v5e v5e decode",)
+IN_CI = ("smollm2-135m-v5e v5e decode", "smollm2-135m-v5e v7x decode")
 
 
 def names() -> list[str]:
@@ -77,12 +78,12 @@ def measure(name: str) -> dict[str, Any]:
     }
 
 
-def programs(setup: Setup, chip_name: str) -> StepPrograms:
-    """Those of a configuration on a chip."""
+def programs(setup: Setup, chip_name: str, **changes: Any) -> StepPrograms:
+    """Those of a configuration on a chip. changes: of its engine options."""
     chip = find_chip(chip_name)
     devices = described_devices(chip, max(1, setup.num_devices // chip.devices_per_chip))
     placement = Placement.on(devices[: setup.num_devices], on_mesh=True)
-    options = read_config(CONFIGS / f"{setup.config}.toml").engine_options()
+    options = replace(read_config(CONFIGS / f"{setup.config}.toml").engine_options(), **changes)
     config = read_model_config(str(CONFIGS / "models" / f"{setup.model}.json"))
     model = build_model(config, options, placement)
     limits = replace(smallest_config(model, options, placement), num_blocks=NUM_BLOCKS)

@@ -43,18 +43,20 @@ NUM_SEQS, NUM_BLOCKS, TABLE_LEN = 64, 512, 256
 COLUMNS = "queries/keys/size type bundles copies ratio spills compile_s"
 
 
-def item_bundles(loops: list[Loop], problem: Problem, tile: QueryTile) -> tuple[int, int]:
-    """Bundles and spills of one full item of the decoding loop.
+def item_bundles(
+    loops: list[Loop], problem: Problem, tile: QueryTile, num_blocks: int | None = None
+) -> tuple[int, int]:
+    """Bundles and spills of one item of the decoding loop, with so many blocks; None: a full one.
 
     That loop is the last of the outermost ones that computes products, in itself or in a loop
     inside it. The first loop inside starts copies, COPIES_AT_ONCE of them; the products' runs once
     for each unit; the others belong to a sequence's beginning or end.
     """
-    num_units = problem.num_kv_heads // tile.unit_heads
-    num_units *= problem.fetch_blocks // tile.compute_blocks
+    num_blocks = problem.fetch_blocks if num_blocks is None else num_blocks
+    num_units = problem.num_kv_heads // tile.unit_heads * -(-num_blocks // tile.compute_blocks)
     outer, *inner = next(g for g in reversed(_groups(loops)) if any(loop.products for loop in g))
     computing = [loop for loop in inner if loop.products]
-    starting = inner[0].bundles * problem.fetch_blocks // COPIES_AT_ONCE
+    starting = inner[0].bundles * num_blocks // COPIES_AT_ONCE
     total = outer.bundles + starting + sum(loop.bundles for loop in computing) * num_units
     return total, outer.spills + sum(loop.spills for loop in computing)
 

@@ -112,13 +112,14 @@ def attention_cycles(
         problem, tile, loops, _ = kernel_schedule.compile_case(
             chip, case, dump, block_size, num_seqs
         )
-    bundles, _ = kernel_schedule.item_bundles(loops, problem, tile)
     num_blocks = -(-context // block_size)
+    num_full, rest = divmod(num_blocks, problem.fetch_blocks)
+    items = [problem.fetch_blocks] * num_full + ([rest] if rest else [])
+    bundles = sum(kernel_schedule.item_bundles(loops, problem, tile, n)[0] for n in items)
     _, num_kv_heads, head_dim, _ = case
     of_block = block_size * 2 * num_kv_heads * head_dim * problem.pool_dtype.itemsize
     copies = of_block / tpu_dumps.bytes_per_cycle(CHIPS[chip])
-    num_items = -(-num_blocks // problem.fetch_blocks)
-    reading = max(num_items * bundles, num_blocks * copies)
+    reading = max(bundles, num_blocks * copies)
     return round(num_seqs * (reading + kernel_schedule.write_bundles(loops, num_kv_heads)))
 
 
@@ -141,6 +142,8 @@ def main() -> None:
     parser.add_argument("--chip", choices=CHIPS, default="v6e")
     parser.add_argument("--num-seqs", type=int, default=64, help="of a decode bucket")
     parser.add_argument("--context", type=int, default=1024, help="tokens of each sequence")
+    parser.add_argument("--quantization", choices=["int8"], help="as of the engine")
+    parser.add_argument("--kv-cache-dtype", default="auto", help="as of the engine")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         estimate(arguments, Path(folder))
@@ -150,12 +153,15 @@ def estimate(arguments: argparse.Namespace, folder: Path) -> None:
     """Compiles the step and the kernel and prints what they take."""
     chip = CHIPS[arguments.chip]
     setup = next(s for s in check_configs.SETUPS if s.config == arguments.config)
-    programs = check_configs.programs(setup, chip.name)
+    programs = check_configs.programs(
+        setup, chip.name,
+        quantization=arguments.quantization, kv_cache_dtype=arguments.kv_cache_dtype,
+    )  # fmt: skip
     model, limits = programs.model.config, programs.config
     fitting = [b for b in programs.buckets if b.decode_only and b.num_seqs == arguments.num_seqs]
     if not fitting:
         raise SystemExit(f"--num-seqs {arguments.num_seqs} is no decode bucket")
-    case = (model.num_heads, model.num_kv_heads, model.head_dim, str(programs.model.dtype))
+    case = (model.num_heads, model.num_kv_heads, model.head_dim, str(programs.model.kv_dtype))
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         attention = process.submit(
             attention_cycles, chip.name, case, limits.block_size, arguments.num_seqs,
@@ -168,10 +174,13 @@ def estimate(arguments: argparse.Namespace, folder: Path) -> None:
     seconds = time.process_time() - started
     (text,) = folder.glob("*after_codegen.txt")
     parts = cycles(*read_program(text.read_text(), attention))
-    of_token = kv_cache.block_bytes(model, 1, programs.model.dtype)
+    of_token = kv_cache.block_bytes(model, 1, programs.model.kv_dtype)
     context = arguments.num_seqs * arguments.context * of_token
     bound = round((programs.weights_read + context) / tpu_dumps.bytes_per_cycle(chip))
-    name = f"{arguments.config} {chip.name}, {fitting[0]}, {arguments.context} tokens each"
+    name = (
+        f"{arguments.config} {chip.name}, {fitting[0]}, {arguments.context} tokens each, weights "
+        f"{programs.model.quantization or programs.model.dtype}, cache {programs.model.kv_dtype}"
+    )
     report(name, seconds, StepMemory.of(compiled), chip, parts, bound)
 
 

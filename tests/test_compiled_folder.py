@@ -148,6 +148,8 @@ def test_the_manifest_says_what_the_programs_are_for(programs: Path) -> None:
         ({"max_steps_per_dispatch": 3}, "options: max_steps_per_dispatch was 1 and is 3 now"),
         ({"speculative": "ngram"}, "options: num_speculative_tokens was 0 and is 7 now"),
         ({"dtype": "bfloat16"}, "options: dtype was 'float32' and is 'bfloat16' now"),
+        ({"quantization": "int8"}, "options: quantization was None and is 'int8' now"),
+        ({"kv_cache_dtype": "int8"}, "kv_cache_dtype was 'float32' and is 'int8' now"),
         ({"layer_loop": "scan"}, "options: layer_loop was 'switch' and is 'scan' now"),
         ({"attention": "reference"}, "options: attention was .* and is 'reference' now"),
     ],

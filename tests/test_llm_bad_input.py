@@ -181,6 +181,22 @@ def test_a_model_that_is_not_there(tiny_llm: dict[str, Any], tmp_path: Path) -> 
     [
         ({"max_tokens": 3}, TypeError, "max_tokens"),
         ({"dtype": "float8"}, ValueError, "dtype .*float8"),
+        (
+            {"quantization": "int4"},
+            ValueError,
+            "quantization must be one of None, int8, got 'int4'",
+        ),
+        ({"kv_cache_dtype": "fp4"}, ValueError, "kv_cache_dtype must be one of auto, int8, fp8"),
+        (
+            {"kv_cache_dtype": "int8", "attention": "cpu"},
+            ValueError,
+            "attention 'cpu' does not read a kv_cache_dtype of 'int8'; use 'xla' or None",
+        ),
+        (
+            {"quantization": "int8", "layer_loop": "packed", "dtype": "bfloat16"},
+            ValueError,
+            "'packed' has no quantized kernels; use 'switch'",
+        ),
         ({"max_num_seqs": 0}, ValueError, "max_num_seqs .*0"),
         ({"max_num_seqs": 2.5}, ValueError, "max_num_seqs .*2.5"),
         ({"max_model_len": 513}, ValueError, "max_model_len 513 .*512"),

@@ -123,13 +123,23 @@ def test_what_would_fit_is_said_and_does() -> None:
     assert not plan_for("v5e", number // 2).fits
 
 
-def test_what_the_engine_does_not_have_is_said_to_be_missing() -> None:
+def test_types_of_8_bits_that_would_fit_are_said_and_do() -> None:
     """15 GiB of weights and 1 GiB for a sequence on 15.75 GiB: half of the weights are enough, half
-    of the pool is not."""
+    of the pool is not. On v6e the whole context is too long, but in 8 bits."""
     plan = plan_for("v5e", 1, max_model_len=8192)
     assert not plan.fits
-    assert "int8 weights would fit, but this engine does not compute with them yet" in plan.advice
+    assert "--quantization int8" in plan.advice
     assert not any("fp8" in text for text in plan.advice)
+    int8 = plan_for("v5e", 1, max_model_len=8192, quantization="int8")
+    assert int8.fits
+    assert int8.block == plan.block
+    assert "weights int8, KV cache bfloat16" in as_text("m", int8)
+    plan = plan_for("v6e", 1)
+    assert "--kv-cache-dtype fp8" in plan.advice
+    fp8 = plan_for("v6e", 1, kv_cache_dtype="fp8")
+    assert fp8.fits
+    assert 2 * fp8.block == plan.block
+    assert as_json("m", fp8)["kv_cache_dtype"] == "float8_e4m3fn"
 
 
 def test_a_shorter_context_that_would_fit_is_said_and_does() -> None:

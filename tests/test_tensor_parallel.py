@@ -77,6 +77,17 @@ def test_the_tokens_are_those_of_one_device(tiny_llama_folder: Path, tmp_path: P
 
 
 @pytest.mark.long
+def test_weights_and_cache_of_8_bits_are_divided(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    small = {"quantization": "int8", "kv_cache_dtype": "int8"}
+    one, two, four = run(tiny_llama_folder, tmp_path, "float32", 1, 2, 4, **small)
+    for several in (two, four):
+        assert several["tokens"] == one["tokens"]
+        assert several["logprobs"] == pytest.approx(one["logprobs"], abs=1e-3)
+    assert [len(pool["pool"]) for pool in (one, two, four)] == [1, 2, 4]
+    assert two["plan"] < 0.6 * one["plan"]
+
+
+@pytest.mark.long
 def test_programs_for_several_devices_are_loaded_again(
     tiny_llama_folder: Path, tmp_path: Path
 ) -> None:

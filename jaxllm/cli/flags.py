@@ -46,6 +46,8 @@ ENGINE_HELP = {
     "tokenizer": "folder or .gguf file of another tokenizer",
     "revision": "branch, tag or commit of a model of the Hugging Face hub",
     "dtype": "auto, bfloat16 or float32; auto: float32 for a float32 checkpoint, else bfloat16",
+    "quantization": "int8: weights of 8 bits",
+    "kv_cache_dtype": "auto (dtype), int8, fp8 (or fp8_e4m3) or fp8_e5m2",
     "max_model_len": "longest sequence, prompt and answer, in tokens; default: the model's",
     "max_num_seqs": "most sequences computed at once",
     "max_num_batched_tokens": "token budget of a step",

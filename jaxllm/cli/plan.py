@@ -98,6 +98,8 @@ def as_json(model: str, plan: Plan) -> dict[str, Any]:
         "chips": plan.num_chips,
         "devices": plan.num_chips * plan.chip.devices_per_chip,
         "dtype": plan.dtype,
+        "quantization": plan.quantization,
+        "kv_cache_dtype": plan.kv_cache_dtype,
         "max_model_len": plan.config.max_model_len,
         "max_num_seqs": plan.config.max_num_seqs,
         "max_num_batched_tokens": plan.config.max_num_batched_tokens,
@@ -152,6 +154,7 @@ def as_text(model: str, plan: Plan) -> list[str]:
     lines = [
         f"{model} in {plan.dtype} on {plan.num_chips} x {chip.name}"
         + (f" ({devices} devices)" if devices != plan.num_chips else ""),
+        f"weights {plan.quantization or plan.dtype}, KV cache {plan.kv_cache_dtype}",
         f"max_model_len {config.max_model_len}, max_num_seqs {config.max_num_seqs}, "
         f"max_num_batched_tokens {config.max_num_batched_tokens}",
         "",

@@ -41,8 +41,9 @@ class Attention(nnx.Module):
     def heads(self, x: jax.Array, call: Call) -> jax.Array:
         """[T, E] -> [T, K, G+2, D]: each group's queries, key and value, before the rotation."""
         qkv = project(
-            x, self.qkv_kernel[...], call, math.prod(self.group), bias=self.qkv_bias, dtype=x.dtype
-        )
+            x, self.qkv_kernel.get_value(), call, math.prod(self.group),
+            bias=self.qkv_bias, dtype=x.dtype,
+        )  # fmt: skip
         # Else a compiler for TPU lets the heads decide how the kernel is to lie, and lays it out
         # anew before each step.
         qkv = lax.optimization_barrier(qkv)
@@ -55,6 +56,6 @@ class Attention(nnx.Module):
     def output(self, mixed: jax.Array, call: Call) -> jax.Array:
         """[T, H, D] -> [T, E]: what attention adds to the residual stream."""
         return project(
-            mixed, self.o_kernel[...], call, self.width,
+            mixed, self.o_kernel.get_value(), call, self.width,
             num_contracted=2, bias=self.o_bias, dtype=mixed.dtype,
         )  # fmt: skip

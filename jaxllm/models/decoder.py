@@ -22,6 +22,8 @@ from jaxllm.models import merging, packing
 from jaxllm.models.attention import Attention
 from jaxllm.models.layers import PACKED, Call, Embedding, FeedForward, Head, RMSNorm
 from jaxllm.models.rope import build_rope, rope_tables, rotated_heads
+from jaxllm.quantization import int8, kv_scales
+from jaxllm.quantization.kv_scales import KV_SCALES
 from jaxllm.runtime.sharding import kv_repeats, with_repeated_kv_heads
 
 LayerLoop = Literal["switch", "scan", "packed"]
@@ -85,10 +87,20 @@ class Model:
 
     num_devices: that share the model. Where they are more than its key and value heads, config has
     as many copies of each head, one after the other, as devices share it.
+
+    quantization: "int8" for the kernels of quantization/int8.py, or None. kv_dtype: of stored keys
+    and values, None for dtype; one of 8 bits has scales, which are parameters.
     """
 
     def __init__(
-        self, config: ModelConfig, layer_loop: LayerLoop, dtype: DTypeLike, num_devices: int = 1
+        self,
+        config: ModelConfig,
+        layer_loop: LayerLoop,
+        dtype: DTypeLike,
+        num_devices: int = 1,
+        *,
+        quantization: str | None = None,
+        kv_dtype: DTypeLike | None = None,
     ) -> None:
         if layer_loop not in get_args(LayerLoop):
             raise ValueError(f"layer_loop must be 'switch', 'scan' or 'packed', got {layer_loop!r}")
@@ -101,12 +113,18 @@ class Model:
             )
         if layer_loop == "packed" and num_devices > 1:
             raise ValueError("layer_loop 'packed' is for one device; use 'scan'")
+        if quantization not in (None, "int8"):
+            raise ValueError(f"quantization must be 'int8' or None, got {quantization!r}")
+        if layer_loop == "packed" and quantization is not None:
+            raise ValueError("layer_loop 'packed' has no quantized kernels; use 'switch'")
         self.loaded_config = config  # as in the checkpoint
         self.num_devices = num_devices
         self._kv_repeats = kv_repeats(config, num_devices)
         self.config = with_repeated_kv_heads(config, self._kv_repeats)
         self.layer_loop = layer_loop
         self.dtype = jnp.dtype(dtype)
+        self.quantization = quantization
+        self.kv_dtype = jnp.dtype(self.dtype if kv_dtype is None else kv_dtype)
         self._rope = build_rope(config)
         self._ends_def, self._abstract_ends = self._abstract(Ends, config)
         _, self._abstract_layer = self._abstract(DecoderLayer, config)
@@ -132,32 +150,44 @@ class Model:
         return {**_shapes(self._abstract_ends), "layers": layers}
 
     def stored_parameters(self) -> Parameters:
-        """The same tree with the shapes that `forward` takes."""
-        return jax.tree.map_with_path(
+        """The same tree with the shapes that `forward` takes, and the scales of keys and values of
+        8 bits, which are measured when all else is there."""
+        stored = jax.tree.map_with_path(
             lambda path, leaf: self._stored_shape(leaf, _names(path)), self.abstract_parameters()
         )
+        if kv_scales.has_scales(self.kv_dtype):
+            stored[KV_SCALES] = kv_scales.abstract_scales(self.config)
+        return stored
 
-    def _stored_shape(self, leaf: Any, path: tuple[Any, ...]) -> jax.ShapeDtypeStruct:
+    def _stored_shape(
+        self, leaf: Any, path: tuple[Any, ...]
+    ) -> jax.ShapeDtypeStruct | int8.Int8Kernel:
         if self.layer_loop == "packed":
             return packing.stored_shape(leaf, path, self.config)
-        return merging.stored_shape(leaf, path[-1], self._kv_repeats, self.num_devices)
+        shape = merging.stored_shape(leaf, path[-1], self._kv_repeats, self.num_devices)
+        return int8.quantized_shape(shape, path[-1]) if self._is_quantized(path) else shape
 
-    def stored(self, array: np.ndarray, path: tuple[Any, ...]) -> np.ndarray:
+    def stored(self, array: np.ndarray, path: tuple[Any, ...]) -> np.ndarray | int8.Int8Kernel:
         """A leaf that was loaded as `forward` takes it. path: its keys from the root of the
         tree."""
         if self.layer_loop == "packed":
             return packing.stored(array, path, self.config)
-        return merging.stored(array, path[-1], self._kv_repeats, self.num_devices)
+        kernel = merging.stored(array, path[-1], self._kv_repeats, self.num_devices)
+        return int8.quantized(kernel, path[-1]) if self._is_quantized(path) else kernel
+
+    def _is_quantized(self, path: tuple[Any, ...]) -> bool:
+        return self.quantization is not None and path[-1] in int8.CONTRACTED
 
     def init_parameters(self, key: jax.Array) -> Parameters:
         """Parameters for tests and benchmarks: random kernels, norms of one, biases of zero.
 
         All layer loops draw the same values from a key.
         """
-        return jax.tree.map_with_path(
-            lambda path, leaf: jnp.asarray(self.stored(np.asarray(leaf), _names(path))),
+        stored = jax.tree.map_with_path(
+            lambda path, leaf: self.stored(np.asarray(leaf), _names(path)),
             self._random_parameters(key),
         )
+        return jax.tree.map(jnp.asarray, stored)
 
     def _random_parameters(self, key: jax.Array) -> Parameters:
         ends_key, layers_key = jax.random.split(key)
@@ -192,7 +222,7 @@ class Model:
         it inside a trace.
         """
         num_rows = token_ids.shape[0] if num_tokens is None else num_tokens
-        ends = nnx.merge(self._ends_def, _without_layers(params))
+        ends = nnx.merge(self._ends_def, _of_ends(params))
         tables = rope_tables(self._rope, positions, rope_lens)
         x = ends.embed(token_ids)  # [T, E]
         run_layers = self._switch if self.layer_loop == "switch" else self._scan
@@ -204,7 +234,7 @@ class Model:
     ) -> jax.Array:
         """The logits [R, V] float32 of rows [R, E] that `forward` returned. num_rows: those that
         are wanted, None: all."""
-        ends = nnx.merge(self._ends_def, _without_layers(params))
+        ends = nnx.merge(self._ends_def, _of_ends(params))
         return ends.logits(hidden, Call(0, hidden.shape[0] if num_rows is None else num_rows))
 
     def _switch(
@@ -297,8 +327,8 @@ def _shapes(tree: Parameters, leading: tuple[int, ...] = ()) -> Parameters:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leading + leaf.shape, leaf.dtype), tree)
 
 
-def _without_layers(params: Parameters) -> Parameters:
-    return {name: part for name, part in params.items() if name != "layers"}
+def _of_ends(params: Parameters) -> Parameters:
+    return {name: part for name, part in params.items() if name not in ("layers", KV_SCALES)}
 
 
 def _names(path: tuple[Any, ...]) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxllm.config import ModelConfig
+from jaxllm.quantization.int8 import Int8Kernel
 from pallas_kernels.packed_matmul.api import packed_matmul
 from pallas_kernels.packed_matmul.layout import columns
 
@@ -37,7 +38,7 @@ def random_param(
 
 def project(
     x: jax.Array,
-    kernel: jax.Array,
+    kernel: jax.Array | Int8Kernel,
     call: Call,
     num_columns: int,
     *,
@@ -47,9 +48,9 @@ def project(
 ) -> jax.Array:
     """The product of x's last num_contracted axes with the kernel's first ones, plus the elements
     of bias: [T, N] in dtype, summed in float32. kernel: [contracted..., N], or packed, alone or
-    with those of other layers."""
+    with those of other layers, or quantized."""
     summed = dtype if bias is None else jnp.float32
-    if kernel.dtype == PACKED:
+    if not isinstance(kernel, Int8Kernel) and kernel.dtype == PACKED:
         product = packed_matmul(
             x.reshape(x.shape[0], -1),
             kernel[None] if kernel.ndim == 3 else kernel,
@@ -67,8 +68,11 @@ def project(
 
 
 def _product(
-    x: jax.Array, kernel: jax.Array, axes: tuple[tuple[int, ...], tuple[int, ...]]
+    x: jax.Array, kernel: jax.Array | Int8Kernel, axes: tuple[tuple[int, ...], tuple[int, ...]]
 ) -> jax.Array:
+    if isinstance(kernel, Int8Kernel):
+        sums = _product(x, kernel.weights.astype(x.dtype), axes)
+        return sums * jnp.squeeze(kernel.scales, axes[1])
     # GPUs and TPUs would round float32 operands to TF32 or bfloat16. A float32 result is also what
     # keeps bfloat16 products on the CPU at full speed.
     precision = lax.Precision.HIGHEST if kernel.dtype == jnp.float32 else lax.Precision.DEFAULT
@@ -142,7 +146,7 @@ class Head(nnx.Module):
 
     def __call__(self, hidden: jax.Array, call: Call) -> jax.Array:
         """Logits [R, V] of hidden [R, E]."""
-        return project(hidden, self.kernel[...], call, self.size)
+        return project(hidden, self.kernel.get_value(), call, self.size)
 
 
 class FeedForward(nnx.Module):
@@ -164,18 +168,19 @@ class FeedForward(nnx.Module):
     def __call__(self, x: jax.Array, call: Call) -> jax.Array:
         inner = self._gated(x, call)  # [T, F]
         return project(
-            inner, self.down_kernel[...], call, self.width, bias=self.down_bias, dtype=x.dtype
-        )
+            inner, self.down_kernel.get_value(), call, self.width,
+            bias=self.down_bias, dtype=x.dtype,
+        )  # fmt: skip
 
     def _gated(self, x: jax.Array, call: Call) -> jax.Array:
-        kernel = self.gate_up_kernel[...]
-        if kernel.dtype == PACKED:
+        kernel: jax.Array | Int8Kernel = self.gate_up_kernel.get_value()
+        if not isinstance(kernel, Int8Kernel) and kernel.dtype == PACKED:
             return packed_matmul(
                 x, kernel, call.layer, call.num_rows,
                 num_columns=self.inner, gated=True, dtype=x.dtype,
             )  # fmt: skip
-        num_parts, _, columns = kernel.shape
         gate_up = _product(x, kernel, ((1,), (1,)))  # [T, n, 2F / n]
+        _, num_parts, columns = gate_up.shape
         if self.gate_up_bias is not None:
             bias = self.gate_up_bias[...].reshape(2, num_parts, columns // 2)
             gate_up += bias.swapaxes(0, 1).reshape(num_parts, columns)

@@ -59,6 +59,8 @@ def describe(
         "options": {
             **{name: getattr(config, name) for name in LIMITS},
             "dtype": model.dtype.name,
+            "quantization": model.quantization,
+            "kv_cache_dtype": model.kv_dtype.name,
             "layer_loop": model.layer_loop,
             "attention": options.attention or "the platform's best",
         },

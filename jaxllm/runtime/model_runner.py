@@ -26,6 +26,7 @@ from jaxllm.engine.sequence import (
 )
 from jaxllm.engine.timeline import Timeline
 from jaxllm.models.decoder import Model, Parameters
+from jaxllm.quantization.kv_scales import KV_SCALES
 from jaxllm.runtime import kv_cache, memory
 from jaxllm.runtime.buckets import fitting
 from jaxllm.runtime.compilation import Compiler
@@ -33,6 +34,7 @@ from jaxllm.runtime.huge_pages import use_huge_pages
 from jaxllm.runtime.memory import MemoryPlan, StepMemory
 from jaxllm.runtime.programs import (
     ALLOCATE,
+    MEASURE_SCALES,
     WRITE_ROW,
     StepPrograms,
 )
@@ -128,13 +130,17 @@ class ModelRunner:
         self._params: tuple[jax.Array, ...] | None = None  # the leaves, see make_step
         self._state: State | None = None
         self._fitting = lru_cache(maxsize=4096)(partial(fitting, self.buckets))
-        for number, program in enumerate(self.programs.all()):
-            compiler.submit(program, held=number > NUM_FIRST_BUCKETS)  # the first one allocates
+        first = {ALLOCATE, MEASURE_SCALES, *self.programs.order[:NUM_FIRST_BUCKETS]}
+        for program in self.programs.all():
+            compiler.submit(program, held=program.name not in first)
 
     # ---- start-up
 
     def set_parameters(self, params: Parameters) -> None:
         """Takes the parameters and allocates the device state."""
+        if KV_SCALES in self.programs.parameters:
+            measure = self._compiler.get(MEASURE_SCALES)
+            params = {**params, KV_SCALES: measure(tuple(jax.tree.leaves(params)))}
         self._params = tuple(jax.tree.leaves(params))
         self.reset()
 

@@ -15,6 +15,7 @@ from jaxllm.config import EngineConfig
 from jaxllm.engine.batch import Bucket, PackedLayout
 from jaxllm.engine.sequence import mask_len
 from jaxllm.models.decoder import Model
+from jaxllm.quantization.kv_scales import KV_SCALES, measured_scales
 from jaxllm.runtime import kv_cache
 from jaxllm.runtime.buckets import MIN_ROWS, plan_buckets
 from jaxllm.runtime.ranking import Candidates
@@ -30,6 +31,7 @@ from jaxllm.runtime.step import (
 )
 
 ALLOCATE = "allocate state"
+MEASURE_SCALES = "measure scales of keys and values"
 WRITE_ROW = "write sampling table row"
 FIRST_PROMPT_TOKENS = 128  # the mixed bucket that is compiled first
 
@@ -84,7 +86,7 @@ class StepPrograms:
         """The device state as shapes."""
         config, model, placement = self.config, self.model, self.placement
         pool = kv_cache.abstract_pool(
-            model.config, config.num_blocks, config.block_size, model.dtype, placement.platform,
+            model.config, config.num_blocks, config.block_size, model.kv_dtype, placement.platform,
             self.options.attention,
         )  # fmt: skip
         tables = abstract_tables(model.config, config.max_num_seqs)
@@ -121,7 +123,10 @@ class StepPrograms:
 
     def all(self) -> list[Program]:
         """Every program, in the order of compilation."""
-        return [self.allocate(), *map(self.step, self.order), self.write_row()]
+        first = [self.allocate()]
+        if KV_SCALES in self.parameters:
+            first.append(self.measure_scales())
+        return [*first, *map(self.step, self.order), self.write_row()]
 
     def allocate(self) -> Program:
         """() -> the device state with nothing in it."""
@@ -133,6 +138,18 @@ class StepPrograms:
             return State(kv_cache.new_pool(pool), *zeros)
 
         return Program(ALLOCATE, new_state, (), _shardings(state), None, (*self._key, state))
+
+    def measure_scales(self) -> Program:
+        """The leaves of the parameters but for the scales -> the scales."""
+        parameters = dict(self.parameters)
+        scales = parameters.pop(KV_SCALES)
+        leaves, tree = jax.tree.flatten(parameters)
+
+        def measure(leaves: tuple[jax.Array, ...]) -> jax.Array:
+            return measured_scales(self.model, jax.tree.unflatten(tree, leaves))
+
+        out = scales.sharding or False
+        return Program(MEASURE_SCALES, measure, (tuple(leaves),), out, None, self._key)
 
     def pool(self) -> Program:
         """() -> the block pool alone; its size is what a device stores, padding included."""
@@ -171,7 +188,8 @@ class StepPrograms:
     @property
     def _key(self) -> tuple[Any, ...]:
         model = self.model
-        return (model.config, model.layer_loop, str(model.dtype), self.options)
+        types = (str(model.dtype), model.quantization, str(model.kv_dtype))
+        return (model.config, model.layer_loop, *types, self.options)
 
     def _layout(self, bucket: Bucket) -> PackedLayout:
         max_steps = self.config.max_steps_per_dispatch if bucket.decode_only else 1

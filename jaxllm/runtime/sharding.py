@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import DictKey
 
 from jaxllm.config import ModelConfig
 from jaxllm.runtime import kv_cache
@@ -32,6 +33,7 @@ DIVIDED = {
     "down_kernel": -2,  # [F, E]
     "embedding": -2,  # [V, E]
     "kernel": -1,  # [E, V], the head's
+    "kv_scales": -1,  # [L, 2, K]
 }
 OF_VOCABULARY = ("embedding", "kernel")
 
@@ -99,9 +101,12 @@ class Placement:
 
     def parameters(self, tree: Any) -> Any:
         """A tree of parameters' shapes, each with its sharding."""
-        return jax.tree.map_with_path(
-            lambda path, leaf: _placed(leaf, self._of_parameter(path[-1].key, leaf.shape)), tree
-        )
+
+        def placed(path: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
+            name = next(key.key for key in reversed(path) if isinstance(key, DictKey))
+            return _placed(leaf, self._of_parameter(name, leaf.shape))
+
+        return jax.tree.map_with_path(placed, tree)
 
     def pool(self, pool: jax.ShapeDtypeStruct, config: ModelConfig) -> jax.ShapeDtypeStruct:
         """The block pool's shape, its heads divided."""
@@ -109,8 +114,12 @@ class Placement:
             return pool
         return _placed(pool, NamedSharding(self.mesh, pool_spec(pool, config)))
 
-    def put(self, array: np.ndarray, name: str) -> jax.Array:
-        """A parameter on the devices. name: the last key of its path."""
+    def put(self, parameter: Any, name: str) -> Any:
+        """A parameter, an array or a quantized kernel of several, on the devices. name: the last
+        key of its path."""
+        return jax.tree.map(lambda array: self._put(array, name), parameter)
+
+    def _put(self, array: np.ndarray, name: str) -> jax.Array:
         if self.mesh is None:
             parameter = jax.device_put(array, self.devices[0])
             if self.is_one_cpu:
@@ -122,8 +131,12 @@ class Placement:
         if self.mesh is None:
             return None
         axis = DIVIDED.get(name)
-        # a vocabulary that cannot be divided lies whole on each
-        if axis is None or (name in OF_VOCABULARY and shape[axis] % self.num_devices):
+        # so does a vocabulary that cannot be divided; scales have 1 for what a product sums over
+        if (
+            axis is None
+            or shape[axis] == 1
+            or (name in OF_VOCABULARY and shape[axis] % self.num_devices)
+        ):
             return NamedSharding(self.mesh, PartitionSpec())
         return NamedSharding(self.mesh, axis_spec(len(shape), len(shape) + axis))
 

@@ -15,6 +15,7 @@ from jaxllm.config import ModelConfig
 from jaxllm.engine.batch import FLOAT_FIELDS, ROW_FIELDS, PackedLayout
 from jaxllm.engine.sequence import NOT_FINITE, ON_DEVICE
 from jaxllm.models.decoder import Model, Parameters
+from jaxllm.quantization.kv_scales import KV_SCALES
 from jaxllm.runtime import kv_cache, ranking, sampler
 from jaxllm.runtime.drafts import DraftChains
 from jaxllm.runtime.pooling import pool_hidden
@@ -113,7 +114,7 @@ def _compute(
         rows.position,
         jnp.maximum(prompt_lens, rows.position + 1),
         state.kv_pool,
-        _attend(model, state.kv_pool, batch, layout, options),
+        _attend(model, params, state.kv_pool, batch, layout, options),
         num_tokens=batch["query_start"][-1],
     )  # hidden: [T, E]
     logits = model.logits(params, hidden[batch["logit_rows"]], batch["counts"][0])  # [S, V] float32
@@ -250,6 +251,7 @@ def _known_or_sampled(token_ids: jax.Array, slots: jax.Array, last_tokens: jax.A
 
 def _attend(
     model: Model,
+    params: Parameters,
     pool: jax.Array,
     batch: dict[str, jax.Array],
     layout: PackedLayout,
@@ -266,36 +268,44 @@ def _attend(
     def attend(
         q: jax.Array, k: jax.Array, v: jax.Array, kv_pool: jax.Array, layer: Any, window: Any
     ) -> tuple[jax.Array, jax.Array]:
-        def attention(*arguments: Any, window: Any, prepared: Any) -> Any:
+        def attention(*arguments: Any, scales: Any, window: Any, prepared: Any) -> Any:
+            k_scale, v_scale = (1.0, 1.0) if scales is None else scales
             return ragged_paged_attention(
                 *arguments,
                 scale=config.head_dim**-0.5,
                 window=window,
+                k_scale=k_scale,
+                v_scale=v_scale,
                 max_query_len=max_query_len,
                 prepared=prepared,
                 implementation=options.attention,
             )
 
         arrays = (q, k, v, kv_pool, layer, *ragged)
+        scales = None
+        if KV_SCALES in params:  # [2, K]
+            scales = jax.lax.dynamic_index_in_dim(params[KV_SCALES], layer, keepdims=False)
         if mesh is None:
-            return attention(*arrays, window=window, prepared=prepared)
+            return attention(*arrays, scales=scales, window=window, prepared=prepared)
         # each device attends with its own heads; a window that is a number stays one
         traced = None if isinstance(window, int) else window
         heads, in_pool = axis_spec(3, 1), pool_spec(kv_pool, config)
         whole = PartitionSpec()
 
-        def on_device(arrays: Any, traced: Any, prepared: Any) -> Any:
-            return attention(
-                *arrays, window=window if traced is None else traced, prepared=prepared
-            )
+        def on_device(arrays: Any, scales: Any, traced: Any, prepared: Any) -> Any:
+            own_window = window if traced is None else traced
+            return attention(*arrays, scales=scales, window=own_window, prepared=prepared)
 
         return jax.shard_map(
             on_device,
             mesh=mesh,
-            in_specs=((heads, heads, heads, in_pool, *[whole] * (len(arrays) - 4)), whole, whole),
+            in_specs=(
+                (heads, heads, heads, in_pool, *[whole] * (len(arrays) - 4)), axis_spec(2, 1),
+                whole, whole,
+            ),
             out_specs=(heads, in_pool),
             check_vma=False,
-        )(arrays, traced, prepared)
+        )(arrays, scales, traced, prepared)  # fmt: skip
 
     return attend
 
