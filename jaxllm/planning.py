@@ -256,7 +256,7 @@ class Planner:
         found = [self._more_chips(plan), self._shorter(plan), self._fewer_sequences(plan)]
         if self._resized(plan, replace(self._options, quantization="int8")).fits:
             found.append("--quantization int8")
-        if self._resized(plan, replace(self._options, kv_cache_dtype="fp8")).fits:
+        if self._resized(plan, replace(self._options, kv_cache_dtype="fp8", block_size=None)).fits:
             found.append("--kv-cache-dtype fp8")
         return tuple(text for text in found if text) or (
             "no number of these chips, shorter context or fewer sequences would do",

@@ -33,6 +33,7 @@ from jaxllm.prompts import TokenizedPrompt
 from jaxllm.runtime.buckets import TokenRounding
 from jaxllm.runtime.compilation import Compiler, ProgramCache
 from jaxllm.runtime.compiled_folder import CompiledFolder
+from jaxllm.runtime.libtpu_flags import set_flags
 from jaxllm.runtime.memory import MemoryPlan
 from jaxllm.runtime.model_runner import ModelRunner
 from jaxllm.runtime.profile import Profile
@@ -203,6 +204,9 @@ def _end_tokens(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 def real_placement(num_devices: int, *, on_mesh: bool = False) -> Placement:
     """So many of this machine's devices. Raises ValueError if it has fewer."""
+    platforms: str | None = jax.config.jax_platforms  # type: ignore[attr-defined]
+    if platforms is None or "tpu" in platforms:
+        set_flags()
     devices = jax.devices()
     if num_devices > len(devices):
         raise ValueError(

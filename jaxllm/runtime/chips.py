@@ -17,6 +17,8 @@ from pathlib import Path
 import jax
 from jax.experimental import topologies
 
+from jaxllm.runtime.libtpu_flags import set_flags
+
 # libtpu reads these when it is loaded: no question to a metadata server, and no lock, which is for
 # chips that are there.
 DESCRIBED = {
@@ -89,6 +91,7 @@ def described_devices(chip: Chip, num_chips: int) -> list[jax.Device]:
             f"compiling for {chip.name} needs libtpu, which runs without a TPU too: "
             f"pip install 'jaxllm[tpu]'"
         )
+    set_flags()
     with _environment(DESCRIBED):
         description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     devices = list(description.devices)

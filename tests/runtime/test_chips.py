@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from jaxllm.runtime.chips import CHIPS, DESCRIBED, described_devices, find_chip
+from jaxllm.runtime.libtpu_flags import set_flags
 from jaxllm.runtime.profile import Profile
 
 pytestmark = pytest.mark.skipif(
@@ -30,6 +31,7 @@ def test_the_environment_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> N
     for name in DESCRIBED:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "mine")
+    set_flags()
     before = dict(os.environ)
     described_devices(find_chip("v5e"), 1)
     assert dict(os.environ) == before
