@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +53,15 @@ class RoundedCache(transformers.DynamicCache):
         return super().update(*rounded, layer, *rest, **more)
 
 
+@dataclass(frozen=True)
 class RoundedCacheModel(TorchModel):
     """With such a cache in each call."""
 
-    def __init__(self, reference: TorchModel, kind: str, scales: np.ndarray) -> None:
-        super().__init__(reference.module)
-        object.__setattr__(self, "cache", lambda: RoundedCache(kind, scales))
+    kind: str
+    scales: np.ndarray
 
     def logits(self, token_ids: Any) -> np.ndarray:
-        cache = self.cache()  # type: ignore[attr-defined]
+        cache = RoundedCache(self.kind, self.scales)
         with torch.no_grad():
             ids = torch.tensor([list(token_ids)])
             array: np.ndarray = self.module(ids, past_key_values=cache).logits[0].numpy()
@@ -106,7 +107,7 @@ def test_keys_and_values_of_8_bits(
         number = list(runner.programs.parameters).index(KV_SCALES)
         assert number == 3  # behind embed, final_norm and head
         (scales,) = (leaf for leaf in runner._params if leaf.shape == (2, 2, 2))
-        return RoundedCacheModel(plain, kind, np.asarray(scales))
+        return RoundedCacheModel(plain.module, kind, np.asarray(scales))
 
     check(tiny_llama_folder, reference, kv_cache_dtype=kind, **tiny_llm)
 

@@ -5,7 +5,7 @@ Activations keep the dtype of the parameters; sums, norms and logits are float32
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ def project(
     of bias: [T, N] in dtype, summed in float32. kernel: [contracted..., N], or packed, alone or
     with those of other layers, or quantized."""
     summed = dtype if bias is None else jnp.float32
-    if not isinstance(kernel, Int8Kernel) and kernel.dtype == PACKED:
+    if _is_packed(kernel):
         product = packed_matmul(
             x.reshape(x.shape[0], -1),
             kernel[None] if kernel.ndim == 3 else kernel,
@@ -65,6 +65,10 @@ def project(
     if bias is not None:
         product += bias[...].reshape(-1)
     return product.astype(dtype)
+
+
+def _is_packed(kernel: jax.Array | Int8Kernel) -> TypeGuard[jax.Array]:
+    return not isinstance(kernel, Int8Kernel) and kernel.dtype == PACKED
 
 
 def _product(
@@ -174,7 +178,7 @@ class FeedForward(nnx.Module):
 
     def _gated(self, x: jax.Array, call: Call) -> jax.Array:
         kernel: jax.Array | Int8Kernel = self.gate_up_kernel.get_value()
-        if not isinstance(kernel, Int8Kernel) and kernel.dtype == PACKED:
+        if _is_packed(kernel):
             return packed_matmul(
                 x, kernel, call.layer, call.num_rows,
                 num_columns=self.inner, gated=True, dtype=x.dtype,

@@ -1,6 +1,6 @@
 """Scales of a block pool of 8 bits: one for the keys and one for the values of each head.
 
-They are measured once, before the first request, by what the layers make of a fixed text.
+They are measured once, before the first request, by what the layers make of fixed tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxllm.config import ModelConfig
 
 KV_SCALES = "kv_scales"  # the parameter's name
-NUM_TOKENS = 512  # of the text, or as many as the model's positions allow
+NUM_TOKENS = 512  # or as many as the model's positions allow
 MARGIN = 1.5  # over the largest that was seen; what is beyond is stored as the largest there is
 
 
@@ -37,8 +37,9 @@ def abstract_scales(config: ModelConfig) -> jax.ShapeDtypeStruct:
 
 
 def measured_scales(model: _Decoder, params: Any) -> jax.Array:
-    """[L, 2, K]: what stored keys and values are multiplied with. For tokens drawn evenly from the
-    vocabulary, the same ones each time, whose largest elements are those of texts."""
+    """[L, 2, K]: what stored keys and values are multiplied with. By tokens drawn evenly from the
+    vocabulary, the same ones each time. (In SmolLM2 the largest elements of a text of 2,048 tokens
+    are 1.1 to 1.2 times theirs in the median of heads, 2.1 times at most.)"""
     config = model.config
     num_tokens = min(NUM_TOKENS, config.max_position_embeddings)
     token_ids = np.random.default_rng(0).integers(config.vocab_size, size=num_tokens)

@@ -385,7 +385,8 @@ def source_digest() -> str:
     package = Path(__file__).parents[1]
     kernels = package.parent / "pallas_kernels"
     paths = [package / "config.py", package / "sampling_params.py"]
-    for folder in (package / "engine", package / "models", package / "runtime", kernels):
+    parts = ("engine", "models", "quantization", "runtime")
+    for folder in (*(package / part for part in parts), kernels):
         paths += sorted(folder.rglob("*.py"))
     for path in paths:
         digest.update(path.read_bytes())

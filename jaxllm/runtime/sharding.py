@@ -131,7 +131,7 @@ class Placement:
         if self.mesh is None:
             return None
         axis = DIVIDED.get(name)
-        # so does a vocabulary that cannot be divided; scales have 1 for what a product sums over
+        # as do a vocabulary that cannot be divided, and scales along what a product sums over
         if (
             axis is None
             or shape[axis] == 1
