@@ -68,10 +68,13 @@ class RoundedCacheModel(TorchModel):
         return array
 
     def greedy(self, prompt: Any, num_tokens: int) -> list[int]:
-        tokens: list[int] = []
-        for _ in range(num_tokens):
-            tokens.append(int(self.logits([*prompt, *tokens])[-1].argmax()))
-        return tokens
+        return self.greedy_changed(prompt, num_tokens, lambda logits, _: logits)
+
+
+def stored_scales(runner: Any) -> np.ndarray:
+    """Those that an engine measured, [2, 2, 2], the only parameter of that shape."""
+    (scales,) = (leaf for leaf in runner._params if leaf.shape == (2, 2, 2))
+    return np.asarray(scales)
 
 
 def check(folder: Path, reference: Any, **options: Any) -> None:
@@ -106,8 +109,7 @@ def test_keys_and_values_of_8_bits(
         assert runner._state.kv_pool.dtype.itemsize == 1
         number = list(runner.programs.parameters).index(KV_SCALES)
         assert number == 3  # behind embed, final_norm and head
-        (scales,) = (leaf for leaf in runner._params if leaf.shape == (2, 2, 2))
-        return RoundedCacheModel(plain.module, kind, np.asarray(scales))
+        return RoundedCacheModel(plain.module, kind, stored_scales(runner))
 
     check(tiny_llama_folder, reference, kv_cache_dtype=kind, **tiny_llm)
 
@@ -125,12 +127,12 @@ def test_scales_are_those_of_the_largest_elements(
     for kind, (_, limit) in FORMATS.items():
         options = {**tiny_llm, "forbid_compile": False, "compilation": "on_demand"}
         with LLM(tiny_llama_folder, kv_cache_dtype=kind, **options) as llm:
-            (scales,) = (x for x in llm._running.runner._params if x.shape == (2, 2, 2))
+            scales = stored_scales(llm._running.runner)
             np.testing.assert_allclose(scales, np.array(largest) * MARGIN / limit, rtol=1e-4)
 
 
 @pytest.mark.long
-def test_a_real_model_loses_little(smollm2_path: Path, tmp_path: Path) -> None:
+def test_a_real_model_loses_little(smollm2_path: Path) -> None:
     """The mean log-probability of a text, in types of 8 bits beside bfloat16."""
     text = (Path(__file__).parents[1] / "docs" / "engine.md").read_text()[:1500]
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)

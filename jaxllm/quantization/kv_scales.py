@@ -5,7 +5,7 @@ They are measured once, before the first request, by what the layers make of fix
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +14,12 @@ from jax.typing import DTypeLike
 
 from jaxllm.config import ModelConfig
 
+if TYPE_CHECKING:
+    from jaxllm.models.decoder import Model
+
 KV_SCALES = "kv_scales"  # the parameter's name
 NUM_TOKENS = 512  # or as many as the model's positions allow
 MARGIN = 1.5  # over the largest that was seen; what is beyond is stored as the largest there is
-
-
-class _Decoder(Protocol):
-    config: ModelConfig
-    kv_dtype: jnp.dtype
-
-    def forward(self, *arguments: Any) -> tuple[jax.Array, Any]: ...
 
 
 def has_scales(kv_dtype: DTypeLike) -> bool:
@@ -36,7 +32,7 @@ def abstract_scales(config: ModelConfig) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((config.num_layers, 2, config.num_kv_heads), jnp.float32)
 
 
-def measured_scales(model: _Decoder, params: Any) -> jax.Array:
+def measured_scales(model: Model, params: Any) -> jax.Array:
     """[L, 2, K]: what stored keys and values are multiplied with. By tokens drawn evenly from the
     vocabulary, the same ones each time. (In SmolLM2 the largest elements of a text of 2,048 tokens
     are 1.1 to 1.2 times theirs in the median of heads, 2.1 times at most.)"""

@@ -148,7 +148,7 @@ class StepPrograms:
         def measure(leaves: tuple[jax.Array, ...]) -> jax.Array:
             return measured_scales(self.model, jax.tree.unflatten(tree, leaves))
 
-        out = scales.sharding or False
+        out = _shardings(scales)
         return Program(MEASURE_SCALES, measure, (tuple(leaves),), out, None, self._key)
 
     def pool(self) -> Program:
@@ -158,7 +158,7 @@ class StepPrograms:
         def new_pool() -> jax.Array:
             return kv_cache.new_pool(pool)
 
-        return Program("pool", new_pool, (), pool.sharding or False, None, (pool,))
+        return Program("pool", new_pool, (), _shardings(pool), None, (pool,))
 
     def step(self, bucket: Bucket) -> Program:
         """The step of a bucket."""

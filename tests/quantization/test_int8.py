@@ -60,7 +60,7 @@ def test_logits_are_those_of_the_rounded_weights(layer_loop: LayerLoop, num_devi
         is_leaf=lambda x: isinstance(x, Int8Kernel),
     )  # fmt: skip
 
-    def attend(q, k, v, pool, layer, window):  # type: ignore[no-untyped-def]
+    def attend(q: Any, k: Any, v: Any, pool: Any, layer: Any, window: Any) -> Any:
         mixed = jax.nn.dot_product_attention(q[None], k[None], v[None], is_causal=True)
         return mixed[0], pool
 

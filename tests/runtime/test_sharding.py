@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +76,7 @@ def test_a_model_divided_and_with_repeated_heads_computes_the_same() -> None:
         expected = jax.tree.map(lambda leaf: leaf.shape, model.stored_parameters())
         assert jax.tree.map(lambda leaf: leaf.shape, params) == expected
 
-        def attend(q, k, v, pool, layer, window):  # type: ignore[no-untyped-def]
+        def attend(q: Any, k: Any, v: Any, pool: Any, layer: Any, window: Any) -> Any:
             group = q.shape[1] // k.shape[1]
             k, v = jnp.repeat(k, group, axis=1), jnp.repeat(v, group, axis=1)
             logits = jnp.einsum("thd,shd->hts", q, k)
