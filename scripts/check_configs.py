@@ -52,7 +52,11 @@ SETUPS = (
     Setup("smollm2-135m-v5e", "smollm2-135m", 1, ("v5e", "v6e", "v7x")),
 )
 KINDS = ("decode", "mixed")  # the smallest of the one, the largest of the other
-IN_CI = ("smollm2-135m-v5e v5e decode", "smollm2-135m-v5e v7x decode")
+IN_CI = (
+    "smollm2-135m-v5e v5e decode",
+    "smollm2-135m-v5e v7x decode",
+    "llama-3-8b-v5e v5e decode",  # 8 bits
+)
 
 
 def names() -> list[str]:

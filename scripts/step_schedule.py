@@ -6,9 +6,11 @@ the time of reading its weights and its sequences' keys and values once.
 
 libtpu writes into a program how many cycles it expects of each operation; loops count as often as
 they run, a condition as its cheapest branch (greedy sampling, nothing else asked for), and an
-operation without an estimate as the least that any has. Attention has none: its cycles are the
-larger of its kernel's bundles and its copies at the stated bandwidth, item by item, and the
-bundles of writing new tokens, one after the other. Several minutes; needs libtpu.
+operation without an estimate as the least that any has. Kernels have none. Attention's cycles are
+the larger of its bundles and its copies, item by item, and the bundles of writing new tokens, one
+after the other; those of a product with int8 weights are as tune_kernels.py counts them. Copies are
+at the stated bandwidth, or a share of it: the compiler itself allows for about 0.87 (--bandwidth).
+Several minutes; needs libtpu.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ import re
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Hashable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -27,15 +30,19 @@ from typing import Any
 import check_configs
 import kernel_schedule
 import tpu_dumps
+import tune_kernels
 
 from jaxllm.runtime import kv_cache
 from jaxllm.runtime.chips import CHIPS, Chip
 from jaxllm.runtime.compilation import lower
 from jaxllm.runtime.memory import StepMemory
+from pallas_kernels.device import device_kind
+from pallas_kernels.quantized_matmul.block_sizes import Problem, block_sizes
 
-KERNEL = "ragged_paged_attention"
 LEAST = 2100  # cycles that the compiler gives any operation of its own
-ATTENTION = "attention"
+ATTENTION, PRODUCTS = "attention", "products"  # kinds of operations
+KERNEL = re.compile(r"%(ragged_paged_attention|quantized_matmul)[\w.-]* = .* custom-call\(")
+INT8_PRODUCT = re.compile(r"bf16\[(\d+),(\d+)\].*? s8\[\d+,\d+,(\d+)\]")
 # operations that move nothing, or that run beside others
 FREE = re.compile(
     r" (?:parameter|constant|tuple|get-tuple-element|bitcast|while|conditional|partition-id"
@@ -55,8 +62,19 @@ class Computation:
     constants: list[int] = field(default_factory=list)
 
 
-def read_program(text: str, attention: int) -> tuple[dict[str, Computation], str]:
-    """The computations of a program after code generation, and the first one's name."""
+def kernel_call(line: str) -> Hashable | None:
+    """What a line of a program calls: ATTENTION, or the int8 product that it is."""
+    found = KERNEL.search(line)
+    if found is None or found[1] != "quantized_matmul":
+        return ATTENTION if found else None
+    sizes = INT8_PRODUCT.search(line, line.index("operand_layout_constraints"))
+    assert sizes is not None, line
+    return Problem(*map(int, sizes.groups()), weight_bits=8, row_bits=16)
+
+
+def read_program(text: str, prices: Mapping[Hashable, int]) -> tuple[dict[str, Computation], str]:
+    """The computations of a program after code generation, and the first one's name. prices: cycles
+    of each kernel_call."""
     computations: dict[str, Computation] = {}
     entry, current = "", Computation()
     for line in text.splitlines():
@@ -64,22 +82,22 @@ def read_program(text: str, attention: int) -> tuple[dict[str, Computation], str
             current = computations[header[1]] = Computation()
             entry = header[1] if line.startswith("ENTRY") else entry
         elif " = " in line:
-            _read(line, current, attention)
+            _read(line, current, prices)
     return computations, entry
 
 
-def _read(line: str, computation: Computation, attention: int) -> None:
+def _read(line: str, computation: Computation, prices: Mapping[Hashable, int]) -> None:
     if found := re.search(r" s32\[\][^ ]* constant\((\d+)\)", line):
         computation.constants.append(int(found[1]))
     if found := re.search(r" while\(.* condition=%([\w.-]+), body=%([\w.-]+)", line):
         computation.loops.append((found[1], found[2]))
     if found := BRANCHES.search(line):
         computation.branches.append(re.findall(r"%([\w.-]+)", found[1]))
-    if f"%{KERNEL}" in line.split(" = ")[0] and " custom-call(" in line:
-        computation.own[ATTENTION] += attention
+    if call := kernel_call(line):
+        computation.own[ATTENTION if call == ATTENTION else PRODUCTS] += prices[call]
     elif not FREE.search(line):
         estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
-        kind = "products" if "convolution_algorithm_config" in line else "other"
+        kind = PRODUCTS if "convolution_algorithm_config" in line else "other"
         computation.own[kind] += int(estimate[1]) if estimate else LEAST
 
 
@@ -101,24 +119,51 @@ def _add(total: dict[str, int], part: dict[str, int], times: int) -> None:
         total[kind] += times * count
 
 
-def attention_cycles(
-    chip: str, case: tuple[int, int, int, str], block_size: int, num_seqs: int, context: int
-) -> int:
-    """Of one layer's call, for sequences of one new token each. In a process of its own: libtpu
-    would write the programs of a whole model too, gigabytes of them."""
+def kernel_prices(
+    calls: set[Any],
+    chip: Chip,
+    case: tuple[int, int, int, str],
+    block_size: int,
+    num_seqs: int,
+    context: int,
+) -> dict[Hashable, int]:
+    """Cycles of each call. In a process of its own: libtpu would write the programs of a whole
+    model too, gigabytes of them."""
     with tempfile.TemporaryDirectory() as folder:
         dump = Path(folder)
         tpu_dumps.start_dumps(dump)
-        problem, tile, loops, _ = kernel_schedule.compile_case(
-            chip, case, dump, block_size, num_seqs
-        )
+        matmul = tune_kernels.tunables()["quantized_matmul"]
+        with tpu_dumps.described(chip):
+            kind = device_kind()
+        prices: dict[Hashable, int] = {
+            ATTENTION: attention_cycles(chip, case, block_size, num_seqs, context, dump)
+        }
+        for call in calls - {ATTENTION}:
+            sizes = block_sizes(call, kind)
+            found = tune_kernels.estimate(matmul, "quantized_matmul", call, sizes, chip, dump)
+            prices[call] = round(found.cycles)
+    return prices
+
+
+def attention_cycles(
+    chip: Chip,
+    case: tuple[int, int, int, str],
+    block_size: int,
+    num_seqs: int,
+    context: int,
+    dump: Path,
+) -> int:
+    """Of one layer's call, for sequences of one new token each."""
+    problem, tile, loops, _ = kernel_schedule.compile_case(
+        chip.name, case, dump, block_size, num_seqs
+    )
     num_blocks = -(-context // block_size)
     num_full, rest = divmod(num_blocks, problem.fetch_blocks)
     items = [problem.fetch_blocks] * num_full + ([rest] if rest else [])
     bundles = sum(kernel_schedule.item_bundles(loops, problem, tile, n)[0] for n in items)
     _, num_kv_heads, head_dim, _ = case
     of_block = block_size * 2 * num_kv_heads * head_dim * problem.pool_dtype.itemsize
-    copies = of_block / tpu_dumps.bytes_per_cycle(CHIPS[chip])
+    copies = of_block / tpu_dumps.bytes_per_cycle(chip)
     reading = max(bundles, num_blocks * copies)
     return round(num_seqs * (reading + kernel_schedule.write_bundles(loops, num_kv_heads)))
 
@@ -144,6 +189,9 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024, help="tokens of each sequence")
     parser.add_argument("--quantization", choices=["int8"], help="as of the engine")
     parser.add_argument("--kv-cache-dtype", default="auto", help="as of the engine")
+    parser.add_argument(
+        "--bandwidth", type=float, default=1.0, help="share of the stated one that kernels reach"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         estimate(arguments, Path(folder))
@@ -162,18 +210,21 @@ def estimate(arguments: argparse.Namespace, folder: Path) -> None:
     if not fitting:
         raise SystemExit(f"--num-seqs {arguments.num_seqs} is no decode bucket")
     case = (model.num_heads, model.num_kv_heads, model.head_dim, str(programs.model.kv_dtype))
-    with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        attention = process.submit(
-            attention_cycles, chip.name, case, limits.block_size, arguments.num_seqs,
-            arguments.context,
-        ).result()  # fmt: skip
     options: dict[str, Any] = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
     _, lowered = lower(programs.step(fitting[0]), programs.placement)
     started = time.process_time()
     compiled = lowered.compile(options)
     seconds = time.process_time() - started
     (text,) = folder.glob("*after_codegen.txt")
-    parts = cycles(*read_program(text.read_text(), attention))
+    lines = text.read_text()
+    calls = {call for line in lines.splitlines() if (call := kernel_call(line))}
+    reached = replace(chip, memory_bandwidth=arguments.bandwidth * chip.memory_bandwidth)
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        prices = process.submit(
+            kernel_prices, calls, reached, case, limits.block_size, arguments.num_seqs,
+            arguments.context,
+        ).result()  # fmt: skip
+    parts = cycles(*read_program(lines, prices))
     of_token = kv_cache.block_bytes(model, 1, programs.model.kv_dtype)
     context = arguments.num_seqs * arguments.context * of_token
     bound = round((programs.weights_read + context) / tpu_dumps.bytes_per_cycle(chip))

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import tpu_dumps
 
-from jaxllm.runtime.chips import CHIPS
+from jaxllm.runtime.chips import CHIPS, Chip
 from pallas_kernels.quantized_matmul import block_sizes, tpu
 
 REPETITIONS = 20
@@ -36,6 +36,15 @@ class Work(NamedTuple):
     trips: int  # of the longest loop in a step
     first_bytes: int  # copied before the first step can start
     bytes: int  # copied in all
+
+
+class Estimate(NamedTuple):
+    """Of one call, from the compiler's final program."""
+
+    cycles: float  # until it ends
+    bundles: int
+    copies: float  # cycles that they take at the chip's stated bandwidth
+    spills: int  # in the loops
 
 
 class Tunable(NamedTuple):
@@ -125,21 +134,31 @@ def _work_of_quantized_matmul(problem: Any, sizes: Any) -> Work:
 def rank(kernel: Tunable, name: str, problem: Any, chip_name: str, folder: Path) -> None:
     """Prints the candidates, the best estimate first."""
     chip = CHIPS[chip_name]
-    estimates = []
-    for sizes in kernel.candidates(problem):
-        function, shapes = kernel.build(problem, sizes)
-        loops = tpu_dumps.compile_loops(folder, chip, name, function, shapes)
-        work = kernel.work(problem, sizes)
-        bundles = work.steps * bundles_of_step(loops, work.trips)
-        copies = work.bytes / tpu_dumps.bytes_per_cycle(chip)
-        cycles = max(bundles, copies) + work.first_bytes / tpu_dumps.bytes_per_cycle(chip)
-        estimates.append((cycles, bundles, copies, sum(loop.spills for loop in loops), sizes))
+    estimates = [
+        (estimate(kernel, name, problem, sizes, chip, folder), sizes)
+        for sizes in kernel.candidates(problem)
+    ]
     print(f"{problem.key} on {chip_name}, estimated:")
-    for cycles, bundles, copies, spills, sizes in sorted(estimates, key=lambda e: e[0]):
+    for found, sizes in sorted(estimates):
         print(
-            f"  {cycles / chip.clock * 1e6:9.1f} us  bundles {bundles:9}  cycles of copies "
-            f"{copies:9.0f}  spills in the loops {spills:4}  {sizes}"
+            f"  {found.cycles / chip.clock * 1e6:9.1f} us  bundles {found.bundles:9}  cycles of "
+            f"copies {found.copies:9.0f}  spills in the loops {found.spills:4}  {sizes}"
         )
+
+
+def estimate(
+    kernel: Tunable, name: str, problem: Any, sizes: Any, chip: Chip, folder: Path
+) -> Estimate:
+    """Of the problem in tiles of those sizes. The first step's copies run beside no other."""
+    function, shapes = kernel.build(problem, sizes)
+    loops = tpu_dumps.compile_loops(folder, chip, name, function, shapes)
+    work = kernel.work(problem, sizes)
+    bundles = work.steps * bundles_of_step(loops, work.trips)
+    copies, first = (
+        size / tpu_dumps.bytes_per_cycle(chip) for size in (work.bytes, work.first_bytes)
+    )
+    spills = sum(loop.spills for loop in loops)
+    return Estimate(max(bundles, copies) + first, bundles, copies, spills)
 
 
 def bundles_of_step(loops: Sequence[tpu_dumps.Loop], trips: int) -> int:

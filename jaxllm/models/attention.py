@@ -19,8 +19,8 @@ class Attention(nnx.Module):
     multi-query.
 
     The kernel keeps a group's G = H / K query heads beside its key and value head, so that one
-    product makes all three and a shard of K is a shard of whole groups. It is stored as a matrix
-    [E, K(G+2)D], see merging.py.
+    product makes all three and a shard of K is a shard of whole groups. Both kernels are stored as
+    matrices, [E, K(G+2)D] and [HD, E], see merging.py.
     """
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
@@ -56,6 +56,6 @@ class Attention(nnx.Module):
     def output(self, mixed: jax.Array, call: Call) -> jax.Array:
         """[T, H, D] -> [T, E]: what attention adds to the residual stream."""
         return project(
-            mixed, self.o_kernel.get_value(), call, self.width,
-            num_contracted=2, bias=self.o_bias, dtype=mixed.dtype,
+            mixed.reshape(mixed.shape[0], -1), self.o_kernel.get_value(), call, self.width,
+            bias=self.o_bias, dtype=mixed.dtype,
         )  # fmt: skip

@@ -124,6 +124,13 @@ class Model:
         self.layer_loop = layer_loop
         self.dtype = jnp.dtype(dtype)
         self.quantization = quantization
+        # What several devices share is for XLA to divide, which cannot divide quantized_matmul.
+        self._in_place = (
+            quantization is not None
+            and layer_loop == "scan"
+            and num_devices == 1
+            and self.dtype == jnp.bfloat16
+        )
         self.kv_dtype = jnp.dtype(self.dtype if kv_dtype is None else kv_dtype)
         self._rope = build_rope(config)
         self._ends_def, self._abstract_ends = self._abstract(Ends, config)
@@ -165,7 +172,7 @@ class Model:
         if self.layer_loop == "packed":
             return packing.stored_shape(leaf, path, self.config)
         shape = merging.stored_shape(leaf, path[-1], self._kv_repeats, self.num_devices)
-        return int8.quantized_shape(shape, path[-1]) if self._is_quantized(path) else shape
+        return int8.quantized_shape(shape) if self._is_quantized(path) else shape
 
     def stored(self, array: np.ndarray, path: tuple[Any, ...]) -> np.ndarray | int8.Int8Kernel:
         """A leaf that was loaded as `forward` takes it. path: its keys from the root of the
@@ -173,10 +180,10 @@ class Model:
         if self.layer_loop == "packed":
             return packing.stored(array, path, self.config)
         kernel = merging.stored(array, path[-1], self._kv_repeats, self.num_devices)
-        return int8.quantized(kernel, path[-1]) if self._is_quantized(path) else kernel
+        return int8.quantized(kernel) if self._is_quantized(path) else kernel
 
     def _is_quantized(self, path: tuple[Any, ...]) -> bool:
-        return self.quantization is not None and path[-1] in int8.CONTRACTED
+        return self.quantization is not None and path[-1] in int8.KERNELS
 
     def init_parameters(self, key: jax.Array) -> Parameters:
         """Parameters for tests and benchmarks: random kernels, norms of one, biases of zero.
@@ -235,7 +242,8 @@ class Model:
         """The logits [R, V] float32 of rows [R, E] that `forward` returned. num_rows: those that
         are wanted, None: all."""
         ends = nnx.merge(self._ends_def, _of_ends(params))
-        return ends.logits(hidden, Call(0, hidden.shape[0] if num_rows is None else num_rows))
+        wanted = hidden.shape[0] if num_rows is None else num_rows
+        return ends.logits(hidden, Call(0, wanted, self._in_place))
 
     def _switch(
         self,
@@ -273,8 +281,8 @@ class Model:
         kv_pool: Any,
         attend: Attend,
     ) -> tuple[jax.Array, Any]:
-        leaves, tree = jax.tree.flatten(layers)
-        is_whole = [leaf.dtype == PACKED for leaf in leaves]  # its products slice it themselves
+        leaves, tree = jax.tree.flatten(layers, is_leaf=_is_int8)
+        is_whole = [self._is_read_in_place(leaf) for leaf in leaves]
         sliced = [leaf for leaf, whole in zip(leaves, is_whole, strict=True) if not whole]
 
         def body(
@@ -287,16 +295,18 @@ class Model:
                 leaf if whole else next(slices)
                 for leaf, whole in zip(leaves, is_whole, strict=True)
             ]
-            layer, call = (
-                nnx.merge(self._layer_def, jax.tree.unflatten(tree, own)),
-                Call(i, num_rows),
-            )
+            layer = nnx.merge(self._layer_def, jax.tree.unflatten(tree, own))
+            call = Call(i, num_rows, self._in_place)
             qkv = layer.before(x, call)
             mixed, kv_pool = self._attend(qkv, tables, kv_pool, attend, i, window)
             return (layer.after(x, mixed, call), kv_pool), None
 
         carry, _ = lax.scan(body, (x, kv_pool), (sliced, self._layer_numbers()))
         return carry
+
+    def _is_read_in_place(self, leaf: Any) -> bool:
+        """Whether products read a layer's kernel in the stacked array, and no slice of it."""
+        return self._in_place if _is_int8(leaf) else leaf.dtype == PACKED
 
     def _layer_numbers(self) -> tuple[jax.Array, jax.Array | None]:
         """What a loop scans beside weights: layer [L], and window [L] where layers differ in it."""
@@ -325,6 +335,10 @@ class Model:
 def _shapes(tree: Parameters, leading: tuple[int, ...] = ()) -> Parameters:
     """A copy of a tree of shapes, with axes put in front of every leaf's own."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leading + leaf.shape, leaf.dtype), tree)
+
+
+def _is_int8(leaf: Any) -> bool:
+    return isinstance(leaf, int8.Int8Kernel)
 
 
 def _of_ends(params: Parameters) -> Parameters:

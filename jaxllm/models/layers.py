@@ -17,15 +17,17 @@ from jaxllm.config import ModelConfig
 from jaxllm.quantization.int8 import Int8Kernel
 from pallas_kernels.packed_matmul.api import packed_matmul
 from pallas_kernels.packed_matmul.layout import columns
+from pallas_kernels.quantized_matmul.api import quantized_matmul
 
 PACKED = jnp.uint32  # the type of packed kernels, see packing.py
 
 
 class Call(NamedTuple):
-    """What products with packed kernels need to know beside their operands."""
+    """What products with packed and quantized kernels need to know beside their operands."""
 
     layer: jax.Array | int  # of stacked kernels
     num_rows: jax.Array | int  # rows that are no padding
+    in_place: bool = False  # whether int8 kernels of layers are stacked too, and read in place
 
 
 def random_param(
@@ -42,17 +44,16 @@ def project(
     call: Call,
     num_columns: int,
     *,
-    num_contracted: int = 1,
     bias: nnx.Param[jax.Array] | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> jax.Array:
-    """The product of x's last num_contracted axes with the kernel's first ones, plus the elements
-    of bias: [T, N] in dtype, summed in float32. kernel: [contracted..., N], or packed, alone or
-    with those of other layers, or quantized."""
+    """The product of x [T, R] and a kernel [R, N], plus the elements of bias: [T, N] in dtype,
+    summed in float32. The kernel may be quantized, and packed or quantized it may be alone or with
+    those of other layers."""
     summed = dtype if bias is None else jnp.float32
     if _is_packed(kernel):
         product = packed_matmul(
-            x.reshape(x.shape[0], -1),
+            x,
             kernel[None] if kernel.ndim == 3 else kernel,
             call.layer,
             call.num_rows,
@@ -60,8 +61,7 @@ def project(
             dtype=summed,
         )
     else:
-        axes = tuple(range(x.ndim - num_contracted, x.ndim)), tuple(range(num_contracted))
-        product = _product(x, kernel, axes)
+        product = _product(x, kernel, call, summed)
     if bias is not None:
         product += bias[...].reshape(-1)
     return product.astype(dtype)
@@ -72,17 +72,32 @@ def _is_packed(kernel: jax.Array | Int8Kernel) -> TypeGuard[jax.Array]:
 
 
 def _product(
-    x: jax.Array, kernel: jax.Array | Int8Kernel, axes: tuple[tuple[int, ...], tuple[int, ...]]
+    x: jax.Array, kernel: jax.Array | Int8Kernel, call: Call, dtype: DTypeLike = jnp.float32
 ) -> jax.Array:
-    if isinstance(kernel, Int8Kernel):
-        sums = _product(x, kernel.weights.astype(x.dtype), axes)
-        return sums * jnp.squeeze(kernel.scales, axes[1])
+    """x [T, R] by a kernel [..., R, N]: [T, ..., N] in dtype."""
+    if not isinstance(kernel, Int8Kernel):
+        return _dot(x, kernel, kernel.ndim - 2).astype(dtype)
+    weights, scales = kernel
+    if not call.in_place:
+        sums = _dot(x, weights.astype(x.dtype), weights.ndim - 2)
+        return (sums * jnp.squeeze(scales, -2)).astype(dtype)
+    *leading, _, num_columns = weights.shape  # leading: [L, ...], or nothing of a kernel alone
+    matrices, their_scales = (
+        array.reshape(-1, array.shape[-2], num_columns) for array in (weights, scales)
+    )
+    product = quantized_matmul(x, matrices, their_scales, call.layer, dtype=dtype)
+    return product.reshape(x.shape[0], *leading[1:], num_columns)
+
+
+def _dot(x: jax.Array, kernel: jax.Array, axis: int) -> jax.Array:
+    """x [T, R] by a kernel whose axis has R elements, in float32."""
     # GPUs and TPUs would round float32 operands to TF32 or bfloat16. A float32 result is also what
     # keeps bfloat16 products on the CPU at full speed.
     precision = lax.Precision.HIGHEST if kernel.dtype == jnp.float32 else lax.Precision.DEFAULT
     return lax.dot_general(
-        x, kernel, (axes, ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
+        x, kernel, (((1,), (axis,)), ((), ())), precision=precision,
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
 
 
 def zero_param(shape: tuple[int, ...], dtype: DTypeLike) -> nnx.Param[jax.Array]:
@@ -128,7 +143,7 @@ class Embedding(nnx.Module):
         table = self.embedding[...]
         if table.dtype == PACKED:
             return project(hidden, table, call, self.size)
-        return _product(hidden, table, ((1,), (1,)))
+        return _dot(hidden, table, 1)
 
 
 def _rows(table: jax.Array, indices: jax.Array) -> jax.Array:
@@ -183,7 +198,7 @@ class FeedForward(nnx.Module):
                 x, kernel, call.layer, call.num_rows,
                 num_columns=self.inner, gated=True, dtype=x.dtype,
             )  # fmt: skip
-        gate_up = _product(x, kernel, ((1,), (1,)))  # [T, n, 2F / n]
+        gate_up = _product(x, kernel, call)  # [T, n, 2F / n]
         _, num_parts, columns = gate_up.shape
         if self.gate_up_bias is not None:
             bias = self.gate_up_bias[...].reshape(2, num_parts, columns // 2)

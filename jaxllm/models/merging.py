@@ -1,9 +1,9 @@
 """How the kernels of a layer lie for products on any device but a CPU that packs them (packing.py).
 
-A parameter is loaded in the shape that its module describes, [E, K, G+2, D] or [E, 2, F]. A product
-reads a matrix, and a compiler for TPU that is given one with small axes in it lays the weights out
-anew before each step. So what one product makes is one axis, and each device's part of it is in
-one piece.
+A parameter is loaded in the shape that its module describes, [E, K, G+2, D], [H, D, E] or
+[E, 2, F]. A product reads a matrix, and a compiler for TPU that is given one with small axes in it
+lays the weights out anew before each step. So what one product sums over or makes is one axis, and
+each device's part of it is in one piece.
 """
 
 from __future__ import annotations
@@ -43,6 +43,9 @@ def _stored_shape(shape: tuple[int, ...], name: str, num_devices: int) -> tuple[
     if name == "qkv_kernel":
         *leading, num_kv_heads, group, head_dim = shape
         return (*leading, num_kv_heads * group * head_dim)
+    if name == "o_kernel":
+        *leading, num_heads, head_dim, width = shape
+        return (*leading, num_heads * head_dim, width)
     if name == "gate_up_kernel":
         *leading, width, _, inner = shape
         return (*leading, num_devices, width, 2 * inner // num_devices)

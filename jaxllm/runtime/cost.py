@@ -23,7 +23,7 @@ _CALLED = re.compile(r"(body|condition|calls|branch_computations)=(\{[^}]*\}|%[\
 def product_flops(jaxpr: Any) -> int:
     """Floating-point operations of all matrix products of a traced program, on all devices
     together. A lower bound: a loop whose length is not known counts once, a condition as its
-    cheapest branch, and what a kernel or one device's part of attention does not at all."""
+    cheapest branch, a kernel as it says, and one device's part of attention not at all."""
     total = 0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
@@ -31,7 +31,10 @@ def product_flops(jaxpr: Any) -> int:
             total += _dot_flops(equation)
         elif name == "cond":
             total += min(product_flops(branch.jaxpr) for branch in params["branches"])
-        elif name not in ("shard_map", "pallas_call"):
+        elif name == "pallas_call":
+            estimate = params["cost_estimate"]
+            total += estimate.flops if estimate is not None else 0
+        elif name != "shard_map":
             times = params["length"] if name == "scan" else 1
             total += times * sum(product_flops(inner) for inner in _inner(params))
     return total

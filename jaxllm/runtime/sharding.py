@@ -27,7 +27,7 @@ AXIS = "tensor"
 DIVIDED = {
     "qkv_kernel": -1,  # [E, K(G+2)D]
     "qkv_bias": -3,  # [K, G+2, D]
-    "o_kernel": -3,  # [H, D, E]
+    "o_kernel": -2,  # [HD, E]
     "gate_up_kernel": -3,  # [n, E, 2F / n]
     "gate_up_bias": -1,  # [2, F]
     "down_kernel": -2,  # [F, E]

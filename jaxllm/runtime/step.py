@@ -284,7 +284,9 @@ def _attend(
         arrays = (q, k, v, kv_pool, layer, *ragged)
         scales = None
         if KV_SCALES in params:  # [2, K]
-            scales = jax.lax.dynamic_index_in_dim(params[KV_SCALES], layer, keepdims=False)
+            scales = jax.lax.dynamic_index_in_dim(
+                params[KV_SCALES], layer, keepdims=False, allow_negative_indices=False
+            )
         if mesh is None:
             return attention(*arrays, scales=scales, window=window, prepared=prepared)
         # each device attends with its own heads; a window that is a number stays one

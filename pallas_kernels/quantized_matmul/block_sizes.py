@@ -48,17 +48,15 @@ def block_sizes(problem: Problem, device_kind: str) -> BlockSizes:
 
 
 def heuristic(problem: Problem) -> BlockSizes:
-    """Sizes from the shapes.
-
-    Few rows: wide and deep tiles in one unrolled body, whose matrix unit is kept busy by many
-    weights. Many rows: narrower, as each weight is then used often and registers are short.
-    """
+    """Sizes from the shapes: wide and deep tiles in one unrolled body. With many rows the matrix
+    units, not copies, are what a grid step waits for, so that it may be twice as long."""
     few = problem.num_rows <= LANES
     row_limit = min(MAX_ROWS, max(32, MAX_ROWS_BYTES * 8 // problem.row_bits // problem.k))
     rows = _even_tile(problem.num_rows, row_limit // 32 * 32, 32)
-    k = _even_tile(problem.k, 2048 if few else 1024, LANES)
-    columns = min(512 if few else 256, _round_up(problem.n, LANES))
-    n = max(columns, min(TILE_WEIGHTS // k, _round_up(problem.n, columns)) // columns * columns)
+    k = _even_tile(problem.k, 2048, LANES)
+    columns = min(512, _round_up(problem.n, LANES))
+    most = TILE_WEIGHTS * (1 if few else 2) // k
+    n = max(columns, min(most, _round_up(problem.n, columns)) // columns * columns)
     return BlockSizes(rows, k, n, columns)
 
 

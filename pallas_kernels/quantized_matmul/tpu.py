@@ -8,6 +8,7 @@ x is padded with zeros, and what the last tile's copy leaves unwritten is multip
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -140,6 +141,7 @@ def matmul(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=_vmem_bytes(operands, sizes),
         ),
+        cost_estimate=_cost(operands, x.shape[0] // sizes.rows, num_columns, dtype),
         name="quantized_matmul",
     )(jnp.asarray(layer, jnp.int32).reshape(1), *operands)
     return out[:num_rows]
@@ -171,6 +173,23 @@ def _grid(
         in_specs=specs,
         out_specs=pl.BlockSpec((sizes.rows, sizes.n), lambda t, n, k, layer: (t, n)),
         scratch_shapes=scratch,
+    )
+
+
+def _cost(
+    operands: list[jax.Array], row_tiles: int, num_columns: int, dtype: DTypeLike
+) -> pl.CostEstimate:
+    """What the compiler and those who plan are told: each tile of rows reads all of a layer."""
+    rows, *others = operands
+    stacked = [array for array in others if array.ndim == 3]  # weights, scales, zeros
+    bits = [4 if a.dtype == jnp.int4 else 8 * a.dtype.itemsize for a in stacked]
+    layer = sum(math.prod(a.shape[1:]) * n for a, n in zip(stacked, bits, strict=True)) // 8
+    num_rows = rows.shape[0]
+    out = num_rows * num_columns * jnp.dtype(dtype).itemsize
+    return pl.CostEstimate(
+        flops=2 * num_rows * stacked[0].shape[1] * num_columns,
+        transcendentals=0,
+        bytes_accessed=rows.nbytes + row_tiles * layer + out,
     )
 
 
