@@ -11,8 +11,9 @@ TUNED = Path(__file__).parent / "tuned"
 ITEM_BYTES = 4 << 20  # of one fetch: long enough to hide the latency of the next
 DECODE_ROWS = 4096  # of the pool times heads, in one stretch of code without a loop
 PREFILL_ROWS = 512  # query rows of a key head
-PREFILL_UNIT_ROWS = 128
-PREFILL_COLUMNS = 256
+PREFILL_BYTES = 28 << 20  # of VMEM for the tokens of a tile: v7x has 64 MiB, others twice that
+PREFILL_UNIT_ROWS = 256
+PREFILL_COLUMNS = 512
 FEW_TOKENS = 8  # of a tile for sequences with a few new tokens
 
 
@@ -30,10 +31,16 @@ class BlockSizes(NamedTuple):
 
 
 def block_sizes(
-    num_kv_heads: int, query_rows: int, fold: int, row_bytes: int, device_kind: str
+    num_kv_heads: int,
+    query_rows: int,
+    fold: int,
+    row_bytes: int,
+    token_bytes: int,
+    device_kind: str,
 ) -> BlockSizes:
     """Sizes for K key heads. query_rows: of one token for a key head, in all streams; fold: tokens
-    of a row of the pool, whose bytes are row_bytes. Tokens are powers of two."""
+    of a row of the pool, whose bytes are row_bytes; token_bytes: of VMEM for one token of a tile.
+    Tokens are powers of two."""
     problem = f"{num_kv_heads}x{query_rows}x{fold}x{row_bytes}"
     tuned = tuned_sizes(TUNED, device_kind).get(problem)
     if tuned is not None:
@@ -41,7 +48,8 @@ def block_sizes(
     heads = max(n for n in range(1, 9) if num_kv_heads % n == 0)
     rows = _power_of_two(DECODE_ROWS // heads, 128, 2048)
     item_rows = _power_of_two(ITEM_BYTES // (num_kv_heads * row_bytes), 64, 4096)
-    query_tokens = _power_of_two(PREFILL_ROWS // query_rows, 8, 128)
+    tokens = min(PREFILL_ROWS // query_rows, PREFILL_BYTES // token_bytes)
+    query_tokens = _power_of_two(tokens, FEW_TOKENS, 128)
     return BlockSizes(
         fetch_tokens=max(item_rows, 64) * fold,
         decode_tokens=min(rows, item_rows) * fold,

@@ -21,6 +21,7 @@ from pallas_kernels.ragged_paged_attention.layout import new_elements, token_row
 from pallas_kernels.ragged_paged_attention.tpu_kernel import NUM_FIELDS, kernel
 from pallas_kernels.ragged_paged_attention.tpu_layout import (
     LANES,
+    PoolLayout,
     pool_layout,
     values_of,
     words_of,
@@ -35,7 +36,7 @@ from pallas_kernels.ragged_paged_attention.tpu_problem import (
 )
 
 LOG2_E = math.log2(math.e)
-PREFILL_HEADS = 4  # whose products are interleaved, beyond decoding
+INTERLEAVED = 8  # products, of heads or of parts of their rows, beyond decoding
 SEGMENT_BYTES = 4 << 20  # of VMEM for blocks on their way through a write
 VMEM_RESERVE = 8 << 20  # for what the compiler puts there beside the scratch
 
@@ -143,7 +144,10 @@ def plan(
     block_size = rows_per_block * layout.fold
     row_bytes = layout.lanes * kv_pool.dtype.itemsize
     query_rows = layout.fold * group_words * packed
-    sizes = sizes or block_sizes(num_kv_heads, query_rows, layout.fold, row_bytes, device_kind())
+    sizes = sizes or block_sizes(
+        num_kv_heads, query_rows, layout.fold, row_bytes,
+        _token_bytes(num_kv_heads, query_rows, packed, layout), device_kind(),
+    )  # fmt: skip
     longest = 1 << (block_tables.shape[1] - 1).bit_length()
     fetch_blocks = max(1, min(sizes.fetch_tokens // block_size, longest))
     window_entries = -(-(fetch_blocks + TABLE_ALIGNMENT - 1) // TABLE_ALIGNMENT) * TABLE_ALIGNMENT
@@ -168,6 +172,14 @@ def plan(
     return problem, _tiles(problem, sizes, max_query_len)
 
 
+def _token_bytes(num_kv_heads: int, query_rows: int, packed: int, layout: PoolLayout) -> int:
+    """What one token of a tile takes of _scratch."""
+    key_width, value_width = layout.key_lanes.stop, layout.lanes - layout.value_lanes.start
+    queries = (NUM_SLOTS + 1) * key_width // packed
+    outputs = 2 * value_width // (packed * layout.fold)
+    return 4 * num_kv_heads * query_rows * (queries + 2 * LANES + value_width + outputs)
+
+
 def _tiles(
     p: Problem, sizes: BlockSizes, max_query_len: int | None
 ) -> tuple[tuple[int, QueryTile], ...]:
@@ -180,9 +192,12 @@ def _tiles(
         return ((0, single),)
 
     def several(num_tokens: int) -> QueryTile:
-        unit_rows = math.gcd(p.num_rows(num_tokens), sizes.unit_rows)
-        heads = math.gcd(p.num_kv_heads, PREFILL_HEADS)
-        return QueryTile(num_tokens, unit_rows, heads, blocks(sizes.prefill_tokens), stage_lag=1)
+        num_rows = p.num_rows(num_tokens)
+        unit_rows = math.gcd(num_rows, sizes.unit_rows)
+        heads = max(n for n in range(1, INTERLEAVED + 1) if p.num_kv_heads % n == 0)
+        parts = math.gcd(num_rows // unit_rows, INTERLEAVED // heads)
+        columns = blocks(sizes.prefill_tokens)
+        return QueryTile(num_tokens, unit_rows, heads, columns, stage_lag=1, unit_parts=parts)
 
     few = several(FEW_TOKENS)
     if max_query_len is not None and max_query_len <= FEW_TOKENS:

@@ -205,12 +205,13 @@ def _compute(refs: Refs, p: Problem, tile: QueryTile, item: Scalar) -> None:
         _clear_unused(refs, p, tile, plan, slot)
 
     num_rows = p.num_rows(tile.num_tokens)
-    num_row_units, num_head_units = num_rows // tile.unit_rows, p.num_kv_heads // tile.unit_heads
+    rows_of_unit = tile.unit_rows * tile.unit_parts
+    num_row_units, num_head_units = num_rows // rows_of_unit, p.num_kv_heads // tile.unit_heads
 
     def attend_part(index: Scalar, *, masked: bool) -> None:
         def unit(u: Scalar, _: None) -> None:
             head = u // num_row_units * tile.unit_heads
-            row = u % num_row_units * tile.unit_rows
+            row = u % num_row_units * rows_of_unit
             block = index * tile.compute_blocks
             _attend_unit(refs, p, tile, plan, slot, block, head, row, masked=masked)
 
@@ -304,20 +305,27 @@ def _clear_unused(refs: Refs, p: Problem, tile: QueryTile, plan: Scalar, slot: S
 
 def _attend_unit(
     refs: Refs, p: Problem, tile: QueryTile, plan: Scalar, slot: Scalar,
-    block: Scalar, first_head: Scalar, row: Scalar, *, masked: bool,
+    block: Scalar, first_head: Scalar, first_row: Scalar, *, masked: bool,
 ) -> None:  # fmt: skip
-    """unit_rows rows of unit_heads heads against compute_blocks blocks from `block` on.
+    """unit_parts times unit_rows rows of unit_heads heads against compute_blocks blocks from
+    `block` on.
 
-    A head is stage_lag heads behind in the next stage, so that the units of the chip have work
-    while one waits for another.
+    Each stage is stage_lag products behind the one before, so that the units of the chip have
+    work while one waits for another.
     """
-    heads = [first_head + i for i in range(tile.unit_heads)]
+    parts = range(tile.unit_parts)
+    products = [(first_head + i, part) for part in parts for i in range(tile.unit_heads)]
     blocks = pl.ds(block, tile.compute_blocks)
-    rows = pl.ds(pl.multiple_of(row, SUBLANES), tile.unit_rows)
+    starts = [first_row + part * tile.unit_rows for part in parts]
+    rows = [pl.ds(pl.multiple_of(start, SUBLANES), tile.unit_rows) for start in starts]
     words = tile.unit_rows // p.rows_of_word
-    word_row: Scalar = row if isinstance(row, int) else row // tile.unit_rows * words
-    word_rows = pl.ds(pl.multiple_of(word_row, math.gcd(words, SUBLANES)), words)
-    visible = _visible(refs, p, tile, plan, block, row) if masked else None  # [rows, columns]
+    word_rows = [
+        pl.ds(pl.multiple_of(start // tile.unit_rows * words, math.gcd(words, SUBLANES)), words)
+        for start in starts
+    ]
+    visible = [  # [rows, columns]
+        _visible(refs, p, tile, plan, block, start) if masked else None for start in starts
+    ]
     precision = lax.Precision.HIGHEST if p.compute_dtype == jnp.float32 else None
     product = partial(lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
 
@@ -325,35 +333,38 @@ def _attend_unit(
         values = refs.kv[slot, blocks, h, :, lanes]  # [blocks, B / R, lanes]
         return values.reshape(-1, values.shape[-1]).astype(p.compute_dtype)
 
-    def logits_of(h: Scalar) -> jax.Array:
-        q = pltpu.bitcast(refs.q_rows[h, word_rows], p.compute_dtype)  # [rows, key lanes]
+    def logits_of(h: Scalar, part: int) -> jax.Array:
+        q = pltpu.bitcast(refs.q_rows[h, word_rows[part]], p.compute_dtype)  # [rows, key lanes]
         x = product(q, stored(h, p.layout.key_lanes), (((1,), (1,)), ((), ())))
         if p.soft_cap is not None:
             x = jnp.tanh(x * refs.scales[0, h])
-        return x if visible is None else jnp.where(visible, x, MASKED)
+        seen = visible[part]
+        return x if seen is None else jnp.where(seen, x, MASKED)
 
-    def weigh(h: Scalar, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def weigh(h: Scalar, part: int, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        own = rows[part]
         scale = refs.scales[1, h]
-        old_max = refs.maxima[h, rows]  # [rows, 128], all lanes the same
+        old_max = refs.maxima[h, own]  # [rows, 128], all lanes the same
         new_max = jnp.maximum(old_max, jnp.max(x, axis=1, keepdims=True))
         weight = jnp.exp2((x - _repeated(new_max, x.shape[1])) * scale)
         kept = jnp.exp2((old_max - new_max) * scale)
-        refs.maxima[h, rows] = new_max
-        refs.sums[h, rows] = kept * refs.sums[h, rows] + _folded(weight)
+        refs.maxima[h, own] = new_max
+        refs.sums[h, own] = kept * refs.sums[h, own] + _folded(weight)
         return weight.astype(p.compute_dtype), kept
 
-    def accumulate(h: Scalar, weight: jax.Array, kept: jax.Array) -> None:
+    def accumulate(h: Scalar, part: int, weight: jax.Array, kept: jax.Array) -> None:
+        own = rows[part]
         update = product(weight, stored(h, p.layout.value_lanes), (((1,), (0,)), ((), ())))
-        refs.acc[h, rows] = _repeated(kept, p.value_width) * refs.acc[h, rows] + update
+        refs.acc[h, own] = _repeated(kept, p.value_width) * refs.acc[h, own] + update
 
     lag, logits, weights = tile.stage_lag, {}, {}
-    for now in range(len(heads) + 2 * lag):
-        if now < len(heads):
-            logits[now] = logits_of(heads[now])
-        if 0 <= now - lag < len(heads):
-            weights[now - lag] = weigh(heads[now - lag], logits.pop(now - lag))
-        if 0 <= now - 2 * lag < len(heads):
-            accumulate(heads[now - 2 * lag], *weights.pop(now - 2 * lag))
+    for now in range(len(products) + 2 * lag):
+        if now < len(products):
+            logits[now] = logits_of(*products[now])
+        if 0 <= now - lag < len(products):
+            weights[now - lag] = weigh(*products[now - lag], logits.pop(now - lag))
+        if 0 <= now - 2 * lag < len(products):
+            accumulate(*products[now - 2 * lag], *weights.pop(now - 2 * lag))
 
 
 def _repeated(x: jax.Array, width: int) -> jax.Array:

@@ -32,7 +32,8 @@ class QueryTile:
     unit_rows: int  # query rows of one product
     unit_heads: int  # key heads whose products are interleaved
     compute_blocks: int  # blocks of one product
-    stage_lag: int  # heads between one stage and the next; the logits of as many are held
+    stage_lag: int  # products between one stage and the next; the logits of as many are held
+    unit_parts: int = 1  # parts of a head's rows whose products are interleaved too
 
 
 @dataclass(frozen=True)
