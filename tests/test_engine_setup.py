@@ -84,7 +84,7 @@ def test_the_pool_is_what_is_left_by_the_compilers_figures() -> None:
 
 def test_a_draft_model_leaves_less_for_two_pools() -> None:
     config, compiler = sized(1, with_draft=True, speculative="draft:small")
-    num_programs = 2 * (len(config_buckets(config)) + 1 + 2)  # and a small bucket for drafts
+    num_programs = 2 * (len(config_buckets(config)) + 2)
     others = PARAMETERS + TABLES + SMALL_PARAMETERS + SMALL_TABLES + 2 * 10**6
     left = 32 * GB - 32 * GB // 25 - others - 2 * GB - num_programs * 10**6
     assert config.num_blocks == left // (BLOCK + SMALL_BLOCK)
@@ -97,7 +97,7 @@ def test_a_draft_model_leaves_less_for_two_pools() -> None:
 def config_buckets(config: Any) -> tuple[Any, ...]:
     from jaxllm.runtime.buckets import plan_buckets
 
-    return plan_buckets(config.max_num_seqs, config.max_num_batched_tokens)
+    return plan_buckets(config.max_num_seqs, config.max_num_batched_tokens, on_cpu=False)
 
 
 def test_what_the_user_says_is_not_measured() -> None:

@@ -9,30 +9,40 @@ from jaxllm.engine.batch import Bucket
 
 MIN_ROWS = 8  # a bfloat16 product with fewer rows is slower on the CPU, and tiles are 8 rows on TPU
 MIN_MIXED_TOKENS = 32
+# On accelerators reading the weights takes as long as multiplying them with 200 to 600 rows, so
+# that padding below costs next to nothing, and each bucket less is a compilation less.
+MIN_MIXED_TOKENS_OF_ACCELERATORS = 128
+FEW_SEQS_OF_ACCELERATORS = 64
 
 
 def plan_buckets(
-    max_num_seqs: int, max_num_batched_tokens: int, *, with_drafts: bool = False
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    *,
+    with_drafts: bool = False,
+    on_cpu: bool = True,
 ) -> tuple[Bucket, ...]:
     """All buckets of an engine.
 
     Decode: 8, 16, 24, 32, 48, 64, ... sequences, so that above 16 at most a third of the rows is
-    padding. Mixed: powers of two of tokens up to the budget; for one sequence or a few (MIN_ROWS),
-    which is what the first token of a quiet server waits for, and for all of them. with_drafts: one
-    more for the drafts of a sequence or two, which need not be padded like a prompt.
+    padding; on accelerators powers of two. Mixed: powers of two of tokens up to the budget; for one
+    sequence or a few, which is what the first token of a quiet server waits for, and for all of
+    them. with_drafts: on CPU one more for the drafts of a sequence or two, which need not be padded
+    like a prompt.
     """
     most_seqs = _round_up(max_num_seqs, MIN_ROWS)
-    decode = [Bucket(n, n, decode_only=True) for n in _seq_sizes(most_seqs)]
-    tokens, size = [], MIN_MIXED_TOKENS
+    decode = [Bucket(n, n, decode_only=True) for n in _seq_sizes(most_seqs, with_halves=on_cpu)]
+    tokens, size = [], MIN_MIXED_TOKENS if on_cpu else MIN_MIXED_TOKENS_OF_ACCELERATORS
     most_tokens = max(_round_up(max_num_batched_tokens, MIN_ROWS), most_seqs)
     while size < most_tokens:
         tokens.append(size)
         size *= 2
     tokens.append(most_tokens)
-    seqs = sorted({MIN_ROWS, most_seqs})
+    few = MIN_ROWS if on_cpu else min(FEW_SEQS_OF_ACCELERATORS, most_seqs)
+    seqs = sorted({few, most_seqs})
     mixed = [Bucket(t, s, decode_only=False) for s in seqs for t in tokens if t >= s]
     smallest = Bucket(MIN_ROWS, MIN_ROWS, decode_only=False)
-    if with_drafts and smallest not in mixed:
+    if with_drafts and on_cpu and smallest not in mixed:
         mixed.insert(0, smallest)
     return (*decode, *mixed)
 
@@ -67,13 +77,14 @@ class TokenRounding:
         return size if 3 * num_tokens <= 4 * size else num_tokens
 
 
-def _seq_sizes(most: int) -> list[int]:
+def _seq_sizes(most: int, *, with_halves: bool) -> list[int]:
     sizes, size = [], MIN_ROWS
     while size < most:
         sizes.append(size)
         # 8 16 24 32 48 64 96 128 ...: a power of two, then half as much again
         power = 1 << (size.bit_length() - 1)
-        size = size + power // 2 if size == power and size > MIN_ROWS else 2 * power
+        is_halved = with_halves and size == power and size > MIN_ROWS
+        size = size + power // 2 if is_halved else 2 * power
     return [*sizes, most]
 
 

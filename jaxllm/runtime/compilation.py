@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 DIGEST_SIZE = 32
 CACHE_BYTES = 2 << 30  # of all programs on disk
+MOST_THREADS = 16  # that compile for TPU, each with up to a gigabyte
 
 
 class LateCompileError(RuntimeError):
@@ -207,12 +208,19 @@ class _Workers:
             del job, future, function  # while it waits for more, it keeps nothing alive
 
 
+def _num_threads(platform: str) -> int:
+    """Half the cores, as LLVM uses several for one program; all of them for TPU, whose compiler
+    hardly does, up to what memory is sure to be there for."""
+    cores = os.cpu_count() or 1
+    return min(cores, MOST_THREADS) if platform == "tpu" else max(1, cores // 2)
+
+
 class Compiler:
     """Compiles programs on background threads and hands them out by name. A held program waits
     until it is asked for or all are released.
 
-    num_threads: None for half the cores. compiled: where programs come from instead; then none is
-    compiled.
+    num_threads: None for what the platform's compiler can use. compiled: where programs come from
+    instead; then none is compiled.
     forbid_late: once `wait()` has returned, a compilation inside `guard()` raises LateCompileError.
     """
 
@@ -228,8 +236,7 @@ class Compiler:
         self._compiled = compiled
         self._program_cache = program_cache
         self._placement = placement or Placement.on(jax.devices()[:1])
-        # LLVM uses several cores for one program
-        self._workers = _Workers(num_threads or max(1, (os.cpu_count() or 1) // 2))
+        self._workers = _Workers(num_threads or _num_threads(self._placement.platform))
         self._forbid_late = forbid_late
         self._futures: dict[Hashable, Future[jax.stages.Compiled]] = {}
         self._ready: dict[Hashable, jax.stages.Compiled] = {}  # each step asks: a look-up, no locks

@@ -17,7 +17,7 @@ from jaxllm.engine.sequence import mask_len
 from jaxllm.models.decoder import Model
 from jaxllm.quantization.kv_scales import KV_SCALES, measured_scales
 from jaxllm.runtime import kv_cache
-from jaxllm.runtime.buckets import MIN_ROWS, plan_buckets
+from jaxllm.runtime.buckets import plan_buckets
 from jaxllm.runtime.ranking import Candidates
 from jaxllm.runtime.sampler import Logprobs
 from jaxllm.runtime.sharding import Placement, device_bytes
@@ -63,6 +63,7 @@ class StepPrograms:
             config.max_num_rows,
             config.max_num_batched_tokens,
             with_drafts=config.num_speculative_tokens > 0,
+            on_cpu=placement.platform == "cpu",
         )
         self.layouts = {bucket: self._layout(bucket) for bucket in self.buckets}
         self.options = options._replace(mesh=placement.mesh)
@@ -100,8 +101,13 @@ class StepPrograms:
         largest = self.largest_bucket
         first_tokens = min(FIRST_PROMPT_TOKENS, largest.num_tokens)
 
+        few = {
+            kind: min(b.num_seqs for b in self.buckets if b.decode_only == kind)
+            for kind in (False, True)
+        }
+
         def rank(bucket: Bucket) -> tuple[Any, ...]:
-            small = bucket.num_seqs == MIN_ROWS
+            small = bucket.num_seqs == few[bucket.decode_only]
             if small and (bucket.decode_only or bucket.num_tokens == first_tokens):
                 return 0, bucket.decode_only
             return 1, bucket != largest, bucket.num_tokens, bucket.decode_only

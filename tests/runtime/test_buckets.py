@@ -7,14 +7,16 @@ import pytest
 from jaxllm.engine.batch import Bucket
 from jaxllm.runtime.buckets import MIN_MIXED_TOKENS, MIN_ROWS, TokenRounding, fitting, plan_buckets
 
+PLATFORMS = [pytest.param(True, id="cpu"), pytest.param(False, id="accelerator")]
 LIMITS = [(1, 1), (1, 512), (5, 40), (8, 8), (9, 9), (20, 100), (64, 512), (100, 100), (100, 777)]
 
 
+@pytest.mark.parametrize("on_cpu", PLATFORMS)
 @pytest.mark.parametrize(("max_num_seqs", "max_num_batched_tokens"), LIMITS)
 def test_every_batch_fits_the_first_fitting_bucket(
-    max_num_seqs: int, max_num_batched_tokens: int
+    max_num_seqs: int, max_num_batched_tokens: int, on_cpu: bool
 ) -> None:
-    buckets = plan_buckets(max_num_seqs, max_num_batched_tokens)
+    buckets = plan_buckets(max_num_seqs, max_num_batched_tokens, on_cpu=on_cpu)
     assert len(set(buckets)) == len(buckets)
     assert all(b.num_tokens >= b.num_seqs and b.num_seqs % MIN_ROWS == 0 for b in buckets)
     assert all(b.num_tokens == b.num_seqs for b in buckets if b.decode_only)
@@ -49,6 +51,23 @@ def test_the_buckets_of_a_small_engine() -> None:
     drafts = Bucket(8, 8, decode_only=False)
     assert plan_buckets(33, 200, with_drafts=True) == (*decode, drafts, *small, *large)
     assert plan_buckets(8, 8, with_drafts=True) == plan_buckets(8, 8)
+
+
+def test_on_accelerators_few_are_compiled() -> None:
+    def planned(max_num_seqs: int, max_num_batched_tokens: int) -> list[str]:
+        return [
+            str(bucket)
+            for bucket in plan_buckets(max_num_seqs, max_num_batched_tokens, on_cpu=False)
+        ]
+
+    decode = [f"decode {n}x{n}" for n in (8, 16, 32, 64)]
+    assert planned(64, 512) == [*decode, "mixed 128x64", "mixed 256x64", "mixed 512x64"]
+    assert planned(5, 40) == ["decode 8x8", "mixed 40x8"]
+    mixed = [f"mixed {t}x{s}" for s in (64, 160) for t in (128, 256, 304) if t >= s]
+    assert planned(160, 300) == [*decode, "decode 128x128", "decode 160x160", *mixed]
+    assert planned(8, 8) == [*(str(b) for b in plan_buckets(8, 8))]
+    drafts = plan_buckets(64, 512, on_cpu=False, with_drafts=True)
+    assert drafts == plan_buckets(64, 512, on_cpu=False)
 
 
 def test_a_decode_batch_may_run_in_a_mixed_bucket_but_not_the_reverse() -> None:
