@@ -114,16 +114,10 @@ def test_a_pool_on_several_devices_holds_more() -> None:
     assert replace(eight, num_blocks=1024) == replace(one, num_blocks=1024)
 
 
-@pytest.mark.parametrize(("model", "largest"), [(LLAMA, 16), (SMALL, 32)])
-def test_blocks_of_8_bits_have_at_most_16_rows_on_tpu(model: Path, largest: int) -> None:
-    placement = Placement.on(described_devices(find_chip("v6e"), 1), on_mesh=True)
-
-    def block_size(**options: Any) -> int:
-        given = EngineOptions(kv_cache_dtype="int8", max_model_len=2048, **options)
-        built = build_model(read_model_config(str(model)), given, placement)
-        return smallest_config(built, given, placement).block_size
-
-    assert block_size() == largest
-    assert block_size(block_size=8) == 8
-    with pytest.raises(ValueError, match=f"block_size must be at most {largest} for a kv_cache"):
-        block_size(block_size=64)
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
+@pytest.mark.parametrize(("chip", "block_size"), [("v5e", 32), ("v6e", 32), ("v7x", 64)])
+def test_blocks_suit_the_chip(chip: str, block_size: int, kv_cache_dtype: str) -> None:
+    placement = Placement.on(described_devices(find_chip(chip), 1)[:1], on_mesh=True)
+    given = EngineOptions(max_model_len=2048, kv_cache_dtype=kv_cache_dtype)
+    model = build_model(read_model_config(str(LLAMA)), given, placement)
+    assert smallest_config(model, given, placement).block_size == block_size

@@ -16,6 +16,7 @@ ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16":
               "u64": 8, "f64": 8}  # fmt: skip
 _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(")
+_COPY = re.compile(r" = (.*?) copy(?:-start)?\(")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(body|condition|calls|branch_computations)=(\{[^}]*\}|%[\w.-]+)")
 
@@ -64,9 +65,11 @@ def compile_for_text(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, 
 
 @dataclass
 class _Computation:
-    """One of a module: the bytes of its own collectives, what it calls and how often."""
+    """One of a module: the bytes of its own collectives, the types of arrays that it makes by
+    copying, what it calls and how often."""
 
     own: float = 0.0
+    copied: list[str] = field(default_factory=list)
     calls: list[str] = field(default_factory=list)
     loops: list[tuple[str, str]] = field(default_factory=list)  # condition, body
     branches: list[list[str]] = field(default_factory=list)
@@ -91,11 +94,19 @@ def collective_bytes(hlo: str, num_devices: int) -> float:
 
 def copies(hlo: str, array: jax.ShapeDtypeStruct) -> bool:
     """Whether a program makes another array of the shape that one has on a device: a copy of it,
-    also to another layout."""
+    also to another layout. A fusion in a fusion only says how a part that is read lies."""
     assert array.sharding is not None
     shape = array.sharding.shard_shape(array.shape)
     text = f"[{','.join(map(str, shape))}]"
-    return any(text in made for made in re.findall(r" = (.*?) copy(?:-start)?\(", hlo))
+    computations, _ = _parse(hlo, 1)
+    fused = {name for computation in computations.values() for name in computation.calls}
+    nested = {name for outer in fused for name in computations[outer].calls}
+    return any(
+        text in made
+        for name, computation in computations.items()
+        if name not in nested
+        for made in computation.copied
+    )
 
 
 def _parse(hlo: str, num_devices: int) -> tuple[dict[str, _Computation], str]:
@@ -114,6 +125,8 @@ def _parse(hlo: str, num_devices: int) -> tuple[dict[str, _Computation], str]:
 def _read_instruction(line: str, computation: _Computation, num_devices: int) -> None:
     if found := _COLLECTIVE.search(line):
         computation.own += _sent(found[2], _largest_array(found[1]), num_devices)
+    if found := _COPY.search(line):
+        computation.copied.append(found[1])
     if found := re.search(r" s32\[\][^ ]* constant\((\d+)\)", line):
         computation.constants.append(int(found[1]))
     computation.compares |= " compare(" in line

@@ -123,4 +123,26 @@ def test_a_copy_of_the_pool_is_found(instruction: str, expected: bool) -> None:
     mesh = jax.sharding.Mesh(jax.devices()[:1], ("tensor",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     pool = jax.ShapeDtypeStruct((4, 8, 16), "bfloat16", sharding=sharding)
-    assert copies(f"ENTRY %main {{\n  {instruction}\n}}\n", pool) == expected
+    assert copies(f"ENTRY %main (p: s32[]) -> s32[] {{\n  {instruction}\n}}\n", pool) == expected
+
+
+NESTED = """
+%view (input: bf16[4,8,16]) -> bf16[4,8,16] {
+  ROOT %copy.1 = bf16[4,8,16]{2,1,0:T(8,128)} copy(%input)
+}
+%part (p: bf16[4,8,16]) -> bf16[4,1,16] {
+  %seen = bf16[4,8,16]{2,1,0:T(8,128)} fusion(%p), kind=kLoop, calls=%view
+  ROOT %slice = bf16[4,1,16] dynamic-slice(%seen)
+}
+ENTRY %main (p: bf16[4,8,16]) -> bf16[4,1,16] {
+  ROOT %out = bf16[4,1,16] fusion(%p), kind=kLoop, calls=CALLED
+}
+"""
+
+
+@pytest.mark.parametrize(("called", "expected"), [("%part", False), ("%view", True)])
+def test_a_view_within_a_fusion_is_no_copy(called: str, expected: bool) -> None:
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("tensor",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    pool = jax.ShapeDtypeStruct((4, 8, 16), "bfloat16", sharding=sharding)
+    assert copies(NESTED.replace("CALLED", called), pool) == expected
