@@ -68,16 +68,17 @@ def item_bundles(
 
 
 def prefill_bundles(loops: list[Loop], problem: Problem, tile: QueryTile) -> tuple[float, int]:
-    """Bundles of 128 rows by 256 columns without a mask, and the spills of a whole unit.
+    """Bundles of 128 rows by 256 columns, and the spills of a whole unit.
 
-    The last of the outermost loops holds one loop for units without a mask and one for units with
-    one; where an item is a single unit, they are both in one loop, of which this takes half.
+    The last of the outermost loops holds one loop for units without a mask, which this counts, and
+    one for units with one. Where all of an item is one unit they are both in one loop, and this is
+    their mean.
     """
     plain, *masked = [loop for loop in _groups(loops)[-1] if loop.products]
-    share = 1.0 if masked else 0.5
+    blocks = tile.visible_blocks if masked else tile.visible_blocks + tile.compute_blocks
     rows = tile.unit_heads * tile.unit_parts * tile.unit_rows
-    columns = tile.compute_blocks * problem.rows_per_block
-    return share * plain.bundles * 128 * 256 / (rows * columns), round(share * plain.spills)
+    columns = blocks * problem.rows_per_block
+    return plain.bundles * 128 * 256 / (rows * columns), plain.spills
 
 
 def write_bundles(loops: list[Loop], num_kv_heads: int) -> int:

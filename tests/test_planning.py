@@ -138,7 +138,7 @@ def test_types_of_8_bits_that_would_fit_are_said_and_do() -> None:
     assert "--kv-cache-dtype fp8" in plan.advice
     fp8 = plan_for("v6e", 1, kv_cache_dtype="fp8")
     assert fp8.fits
-    assert 4 * fp8.block == plan.block  # of 16 tokens, not 32
+    assert 2 * fp8.block == plan.block
     assert as_json("m", fp8)["kv_cache_dtype"] == "float8_e4m3fn"
 
 

@@ -184,7 +184,9 @@ def _tiles(
     p: Problem, sizes: BlockSizes, max_query_len: int | None
 ) -> tuple[tuple[int, QueryTile], ...]:
     def blocks(tokens: int) -> int:
-        return max(1, min(tokens // p.block_size, p.fetch_blocks))
+        """So many that a whole number of them is an item."""
+        most = max(1, tokens // p.block_size)
+        return max(n for n in range(1, p.fetch_blocks + 1) if p.fetch_blocks % n == 0 and n <= most)
 
     heads, decode_blocks = sizes.decode_heads, blocks(sizes.decode_tokens)
     single = QueryTile(1, p.num_rows(1), heads, decode_blocks, stage_lag=heads)
@@ -197,7 +199,11 @@ def _tiles(
         heads = max(n for n in range(1, INTERLEAVED + 1) if p.num_kv_heads % n == 0)
         parts = math.gcd(num_rows // unit_rows, INTERLEAVED // heads)
         columns = blocks(sizes.prefill_tokens)
-        return QueryTile(num_tokens, unit_rows, heads, columns, stage_lag=1, unit_parts=parts)
+        twice = math.gcd(2 * columns, p.fetch_blocks)
+        return QueryTile(
+            num_tokens, unit_rows, heads, columns, stage_lag=1, unit_parts=parts,
+            visible_blocks=twice,
+        )  # fmt: skip
 
     few = several(FEW_TOKENS)
     if max_query_len is not None and max_query_len <= FEW_TOKENS:

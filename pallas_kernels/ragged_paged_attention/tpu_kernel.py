@@ -208,31 +208,44 @@ def _compute(refs: Refs, p: Problem, tile: QueryTile, item: Scalar) -> None:
     rows_of_unit = tile.unit_rows * tile.unit_parts
     num_row_units, num_head_units = num_rows // rows_of_unit, p.num_kv_heads // tile.unit_heads
 
-    def attend_part(index: Scalar, *, masked: bool) -> None:
+    def attend_blocks(first: Scalar, size: int, *, masked: bool) -> None:
         def unit(u: Scalar, _: None) -> None:
             head = u // num_row_units * tile.unit_heads
             row = u % num_row_units * rows_of_unit
-            block = index * tile.compute_blocks
-            _attend_unit(refs, p, tile, plan, slot, block, head, row, masked=masked)
+            _attend_unit(refs, p, tile, plan, slot, (first, size), head, row, masked=masked)
 
         if num_row_units * num_head_units == 1:
             unit(0, None)
         else:
             lax.fori_loop(0, num_row_units * num_head_units, unit, None)
 
-    def part(index: Scalar, _: None) -> None:
-        if tile.num_tokens == 1:
-            attend_part(index, masked=True)  # which costs few rows little
-            return
-        all_visible = _all_visible(refs, p, tile, plan, index * tile.compute_blocks)
-        pl.when(all_visible)(partial(attend_part, index, masked=False))
-        pl.when(jnp.logical_not(all_visible))(partial(attend_part, index, masked=True))
+    def attend_masked(first: Scalar, most: int) -> None:
+        """The blocks from `first` on, up to `most` of them, by parts."""
 
-    if tile.compute_blocks == p.fetch_blocks:
-        part(0, None)
+        def part(index: Scalar, _: None) -> None:
+            start = first + index * tile.compute_blocks
+            attend_blocks(start, tile.compute_blocks, masked=True)
+
+        if tile.compute_blocks == most:
+            part(0, None)
+        else:
+            here = jnp.minimum(num_blocks - first, most)
+            num_parts = (here + tile.compute_blocks - 1) // tile.compute_blocks
+            lax.fori_loop(0, num_parts, part, None)
+
+    def stretch(index: Scalar, _: None) -> None:
+        first = index * tile.visible_blocks
+        all_visible = _all_visible(refs, p, tile, plan, first)
+        pl.when(all_visible)(partial(attend_blocks, first, tile.visible_blocks, masked=False))
+        pl.when(jnp.logical_not(all_visible))(partial(attend_masked, first, tile.visible_blocks))
+
+    if not tile.visible_blocks:
+        attend_masked(0, p.fetch_blocks)
+    elif tile.visible_blocks == p.fetch_blocks:
+        stretch(0, None)
     else:
-        num_parts = (num_blocks + tile.compute_blocks - 1) // tile.compute_blocks
-        lax.fori_loop(0, num_parts, part, None)
+        num_stretches = (num_blocks + tile.visible_blocks - 1) // tile.visible_blocks
+        lax.fori_loop(0, num_stretches, stretch, None)
 
     @pl.when(is_last)
     def _() -> None:
@@ -305,17 +318,17 @@ def _clear_unused(refs: Refs, p: Problem, tile: QueryTile, plan: Scalar, slot: S
 
 def _attend_unit(
     refs: Refs, p: Problem, tile: QueryTile, plan: Scalar, slot: Scalar,
-    block: Scalar, first_head: Scalar, first_row: Scalar, *, masked: bool,
+    span: tuple[Scalar, int], first_head: Scalar, first_row: Scalar, *, masked: bool,
 ) -> None:  # fmt: skip
-    """unit_parts times unit_rows rows of unit_heads heads against compute_blocks blocks from
-    `block` on.
+    """unit_parts times unit_rows rows of unit_heads heads against a span of an item's blocks: from
+    which on, and how many.
 
     Each stage is stage_lag products behind the one before, so that the units of the chip have
     work while one waits for another.
     """
     parts = range(tile.unit_parts)
     products = [(first_head + i, part) for part in parts for i in range(tile.unit_heads)]
-    blocks = pl.ds(block, tile.compute_blocks)
+    blocks = pl.ds(*span)
     starts = [first_row + part * tile.unit_rows for part in parts]
     rows = [pl.ds(pl.multiple_of(start, SUBLANES), tile.unit_rows) for start in starts]
     words = tile.unit_rows // p.rows_of_word
@@ -324,7 +337,7 @@ def _attend_unit(
         for start in starts
     ]
     visible = [  # [rows, columns]
-        _visible(refs, p, tile, plan, block, start) if masked else None for start in starts
+        _visible(refs, p, tile, plan, span, start) if masked else None for start in starts
     ]
     precision = lax.Precision.HIGHEST if p.compute_dtype == jnp.float32 else None
     product = partial(lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
@@ -381,11 +394,12 @@ def _folded(x: jax.Array) -> jax.Array:
 
 
 def _visible(
-    refs: Refs, p: Problem, tile: QueryTile, plan: Scalar, block: Scalar, row: Scalar
+    refs: Refs, p: Problem, tile: QueryTile, plan: Scalar, span: tuple[Scalar, int], row: Scalar
 ) -> jax.Array:
-    """Which columns the rows of a unit see: [rows, columns]."""
+    """Which columns of a span of an item's blocks the rows of a unit see: [rows, columns]."""
+    block, num_blocks = span
     fold, words = p.layout.fold, p.rows_of_word
-    shape = (tile.unit_rows, tile.compute_blocks * p.rows_per_block)
+    shape = (tile.unit_rows, num_blocks * p.rows_per_block)
     rows = row + lax.broadcasted_iota(jnp.int32, (shape[0], 1), 0)
     token = rows // words % tile.num_tokens
     stream = rows // (p.group_words * words * tile.num_tokens)
@@ -404,9 +418,9 @@ def _window_or_all(refs: Refs) -> jax.Array:
 
 
 def _all_visible(refs: Refs, p: Problem, tile: QueryTile, plan: Scalar, block: Scalar) -> jax.Array:
-    """Whether every query of a tile sees compute_blocks blocks from `block` on in whole."""
+    """Whether every query of a tile sees visible_blocks blocks from `block` on in whole."""
     start = refs.plans[plan, POSITION] - refs.plans[plan, COLUMN] - block * p.block_size
-    visible = tile.compute_blocks * p.block_size <= start + 1
+    visible = tile.visible_blocks * p.block_size <= start + 1
     if p.has_window:
         visible &= start + tile.num_tokens - 1 < _window_or_all(refs)
     return visible

@@ -34,6 +34,7 @@ class QueryTile:
     compute_blocks: int  # blocks of one product
     stage_lag: int  # products between one stage and the next; the logits of as many are held
     unit_parts: int = 1  # parts of a head's rows whose products are interleaved too
+    visible_blocks: int = 0  # blocks of one product where no mask is needed; 0: that is never known
 
 
 @dataclass(frozen=True)

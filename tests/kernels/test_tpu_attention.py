@@ -41,6 +41,7 @@ SMALL = BlockSizes(  # several items a sequence, parts an item, units a part
 )
 MIXED = [(1, 9), (1, 1), (5, 5), (3, 70), (1, 130), (17, 81)]
 DECODES = [(1, 9), (1, 130), (1, 1), (1, 64)]
+LONG = [(1, 130), (5, 200), (3, 70), (20, 260)]
 FEW = [(1, 9), (8, 70), (1, 130), (2, 2)]
 
 
@@ -129,6 +130,14 @@ def test_segments_of_new_tokens_are_written_down() -> None:
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     # (of Case, of run_kernel)
     "mixed": ({"lens": MIXED, "head_dim": 128}, {"detect_races": True}),
+    "mixed, several stretches of an item, window": (
+        {"lens": LONG, "head_dim": 128, "options": {"window": 150}},
+        {"sizes": SMALL._replace(prefill_tokens=16)},
+    ),
+    "mixed, items of five blocks": (
+        {"lens": LONG, "num_kv_heads": 1, "head_dim": 128},
+        {"sizes": SMALL._replace(fetch_tokens=80, prefill_tokens=32)},
+    ),
     "decode bfloat16, own sizes, races": (
         {"lens": DECODES, "num_heads": 8, "num_kv_heads": 4, "head_dim": 128,
          "dtype": "bfloat16", "pool_dtype": "bfloat16"},
