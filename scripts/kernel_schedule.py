@@ -136,8 +136,7 @@ def row_of_table(
     bundles: float
     if prefill:
         bundles, spills = prefill_bundles(loops, problem, tile)
-        layout = problem.layout  # a product has all lanes of keys, or of values
-        lanes = layout.key_lanes.stop + layout.lanes - layout.value_lanes.start
+        lanes = problem.key_width + problem.value_width  # of the two products
         least = 2 * 128 * 256 * lanes / (CHIPS[chip].flops / CHIPS[chip].clock)
     else:
         bundles, spills = item_bundles(loops, problem, tile)

@@ -100,7 +100,6 @@ class StepPrograms:
         one that can run anything."""
         largest = self.largest_bucket
         first_tokens = min(FIRST_PROMPT_TOKENS, largest.num_tokens)
-
         few = {
             kind: min(b.num_seqs for b in self.buckets if b.decode_only == kind)
             for kind in (False, True)

@@ -14,6 +14,7 @@ PREFILL_ROWS = 512  # query rows of a key head
 PREFILL_BYTES = 28 << 20  # of VMEM for the tokens of a tile: v7x has 64 MiB, others twice that
 PREFILL_UNIT_ROWS = 256
 PREFILL_COLUMNS = 512
+INTERLEAVED = 8  # products, of heads or of parts of their rows
 FEW_TOKENS = 8  # of a tile for sequences with a few new tokens
 
 
@@ -45,7 +46,7 @@ def block_sizes(
     tuned = tuned_sizes(TUNED, device_kind).get(problem)
     if tuned is not None:
         return BlockSizes(**tuned)
-    heads = max(n for n in range(1, 9) if num_kv_heads % n == 0)
+    heads = largest_divisor(num_kv_heads, INTERLEAVED)
     rows = _power_of_two(DECODE_ROWS // heads, 128, 2048)
     item_rows = _power_of_two(ITEM_BYTES // (num_kv_heads * row_bytes), 64, 4096)
     tokens = min(PREFILL_ROWS // query_rows, PREFILL_BYTES // token_bytes)
@@ -58,6 +59,11 @@ def block_sizes(
         query_tokens=query_tokens,
         unit_rows=PREFILL_UNIT_ROWS,
     )
+
+
+def largest_divisor(number: int, most: int) -> int:
+    """Of a number, up to a bound."""
+    return max(n for n in range(1, min(number, most) + 1) if number % n == 0)
 
 
 def _power_of_two(number: int, least: int, most: int) -> int:

@@ -14,8 +14,10 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.device import device_kind
 from pallas_kernels.ragged_paged_attention.block_sizes import (
     FEW_TOKENS,
+    INTERLEAVED,
     BlockSizes,
     block_sizes,
+    largest_divisor,
 )
 from pallas_kernels.ragged_paged_attention.layout import new_elements, token_rows
 from pallas_kernels.ragged_paged_attention.tpu_kernel import NUM_FIELDS, kernel
@@ -36,7 +38,6 @@ from pallas_kernels.ragged_paged_attention.tpu_problem import (
 )
 
 LOG2_E = math.log2(math.e)
-INTERLEAVED = 8  # products, of heads or of parts of their rows, beyond decoding
 SEGMENT_BYTES = 4 << 20  # of VMEM for blocks on their way through a write
 VMEM_RESERVE = 8 << 20  # for what the compiler puts there beside the scratch
 
@@ -174,10 +175,9 @@ def plan(
 
 def _token_bytes(num_kv_heads: int, query_rows: int, packed: int, layout: PoolLayout) -> int:
     """What one token of a tile takes of _scratch."""
-    key_width, value_width = layout.key_lanes.stop, layout.lanes - layout.value_lanes.start
-    queries = (NUM_SLOTS + 1) * key_width // packed
-    outputs = 2 * value_width // (packed * layout.fold)
-    return 4 * num_kv_heads * query_rows * (queries + 2 * LANES + value_width + outputs)
+    queries = (NUM_SLOTS + 1) * layout.key_width // packed
+    outputs = 2 * layout.value_width // (packed * layout.fold)
+    return 4 * num_kv_heads * query_rows * (queries + 2 * LANES + layout.value_width + outputs)
 
 
 def _tiles(
@@ -185,8 +185,7 @@ def _tiles(
 ) -> tuple[tuple[int, QueryTile], ...]:
     def blocks(tokens: int) -> int:
         """So many that a whole number of them is an item."""
-        most = max(1, tokens // p.block_size)
-        return max(n for n in range(1, p.fetch_blocks + 1) if p.fetch_blocks % n == 0 and n <= most)
+        return largest_divisor(p.fetch_blocks, max(1, tokens // p.block_size))
 
     heads, decode_blocks = sizes.decode_heads, blocks(sizes.decode_tokens)
     single = QueryTile(1, p.num_rows(1), heads, decode_blocks, stage_lag=heads)
@@ -196,7 +195,7 @@ def _tiles(
     def several(num_tokens: int) -> QueryTile:
         num_rows = p.num_rows(num_tokens)
         unit_rows = math.gcd(num_rows, sizes.unit_rows)
-        heads = max(n for n in range(1, INTERLEAVED + 1) if p.num_kv_heads % n == 0)
+        heads = largest_divisor(p.num_kv_heads, INTERLEAVED)
         parts = math.gcd(num_rows // unit_rows, INTERLEAVED // heads)
         columns = blocks(sizes.prefill_tokens)
         twice = math.gcd(2 * columns, p.fetch_blocks)

@@ -10,8 +10,9 @@ ticks later computed, so copies of later items run while one is computed.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -214,10 +215,8 @@ def _compute(refs: Refs, p: Problem, tile: QueryTile, item: Scalar) -> None:
             row = u % num_row_units * rows_of_unit
             _attend_unit(refs, p, tile, plan, slot, (first, size), head, row, masked=masked)
 
-        if num_row_units * num_head_units == 1:
-            unit(0, None)
-        else:
-            lax.fori_loop(0, num_row_units * num_head_units, unit, None)
+        num_units = num_row_units * num_head_units
+        _for_each(num_units, num_units, unit)
 
     def attend_masked(first: Scalar, most: int) -> None:
         """The blocks from `first` on, up to `most` of them, by parts."""
@@ -226,12 +225,9 @@ def _compute(refs: Refs, p: Problem, tile: QueryTile, item: Scalar) -> None:
             start = first + index * tile.compute_blocks
             attend_blocks(start, tile.compute_blocks, masked=True)
 
-        if tile.compute_blocks == most:
-            part(0, None)
-        else:
-            here = jnp.minimum(num_blocks - first, most)
-            num_parts = (here + tile.compute_blocks - 1) // tile.compute_blocks
-            lax.fori_loop(0, num_parts, part, None)
+        here = jnp.minimum(num_blocks - first, most)
+        num_parts = (here + tile.compute_blocks - 1) // tile.compute_blocks
+        _for_each(most // tile.compute_blocks, num_parts, part)
 
     def stretch(index: Scalar, _: None) -> None:
         first = index * tile.visible_blocks
@@ -239,17 +235,24 @@ def _compute(refs: Refs, p: Problem, tile: QueryTile, item: Scalar) -> None:
         pl.when(all_visible)(partial(attend_blocks, first, tile.visible_blocks, masked=False))
         pl.when(jnp.logical_not(all_visible))(partial(attend_masked, first, tile.visible_blocks))
 
-    if not tile.visible_blocks:
-        attend_masked(0, p.fetch_blocks)
-    elif tile.visible_blocks == p.fetch_blocks:
-        stretch(0, None)
-    else:
+    if tile.visible_blocks:
         num_stretches = (num_blocks + tile.visible_blocks - 1) // tile.visible_blocks
-        lax.fori_loop(0, num_stretches, stretch, None)
+        _for_each(p.fetch_blocks // tile.visible_blocks, num_stretches, stretch)
+    else:
+        attend_masked(0, p.fetch_blocks)
 
     @pl.when(is_last)
     def _() -> None:
         _finish(refs, p, tile, plan)
+
+
+def _for_each(most: int, number: Scalar, body: Callable[[Scalar, None], None]) -> None:
+    """body(i, None) for each i below number, of which there are at most `most`; where that is one,
+    it runs whatever the number is, without a loop."""
+    if most == 1:
+        body(0, None)
+    else:
+        lax.fori_loop(0, number, body, None)
 
 
 def _begin(refs: Refs, p: Problem, tile: QueryTile, slot: Scalar) -> None:
@@ -316,6 +319,14 @@ def _clear_unused(refs: Refs, p: Problem, tile: QueryTile, plan: Scalar, slot: S
     lax.fori_loop(num_blocks, jnp.minimum(end, p.fetch_blocks), clear_block, None)
 
 
+class _RowPart(NamedTuple):
+    """unit_rows query rows of a key head."""
+
+    rows: slice | pl.Slice  # of maxima, sums and acc
+    words: slice | pl.Slice  # of q_rows
+    visible: jax.Array | None  # [rows, columns]; None: all
+
+
 def _attend_unit(
     refs: Refs, p: Problem, tile: QueryTile, plan: Scalar, slot: Scalar,
     span: tuple[Scalar, int], first_head: Scalar, first_row: Scalar, *, masked: bool,
@@ -326,19 +337,19 @@ def _attend_unit(
     Each stage is stage_lag products behind the one before, so that the units of the chip have
     work while one waits for another.
     """
-    parts = range(tile.unit_parts)
+    words = tile.unit_rows // p.rows_of_word
+
+    def part_from(row: Scalar) -> _RowPart:
+        word_row = pl.multiple_of(row // tile.unit_rows * words, math.gcd(words, SUBLANES))
+        return _RowPart(
+            pl.ds(pl.multiple_of(row, SUBLANES), tile.unit_rows),
+            pl.ds(word_row, words),
+            _visible(refs, p, tile, plan, span, row) if masked else None,
+        )
+
+    parts = [part_from(first_row + i * tile.unit_rows) for i in range(tile.unit_parts)]
     products = [(first_head + i, part) for part in parts for i in range(tile.unit_heads)]
     blocks = pl.ds(*span)
-    starts = [first_row + part * tile.unit_rows for part in parts]
-    rows = [pl.ds(pl.multiple_of(start, SUBLANES), tile.unit_rows) for start in starts]
-    words = tile.unit_rows // p.rows_of_word
-    word_rows = [
-        pl.ds(pl.multiple_of(start // tile.unit_rows * words, math.gcd(words, SUBLANES)), words)
-        for start in starts
-    ]
-    visible = [  # [rows, columns]
-        _visible(refs, p, tile, plan, span, start) if masked else None for start in starts
-    ]
     precision = lax.Precision.HIGHEST if p.compute_dtype == jnp.float32 else None
     product = partial(lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
 
@@ -346,29 +357,26 @@ def _attend_unit(
         values = refs.kv[slot, blocks, h, :, lanes]  # [blocks, B / R, lanes]
         return values.reshape(-1, values.shape[-1]).astype(p.compute_dtype)
 
-    def logits_of(h: Scalar, part: int) -> jax.Array:
-        q = pltpu.bitcast(refs.q_rows[h, word_rows[part]], p.compute_dtype)  # [rows, key lanes]
+    def logits_of(h: Scalar, part: _RowPart) -> jax.Array:
+        q = pltpu.bitcast(refs.q_rows[h, part.words], p.compute_dtype)  # [rows, key lanes]
         x = product(q, stored(h, p.layout.key_lanes), (((1,), (1,)), ((), ())))
         if p.soft_cap is not None:
             x = jnp.tanh(x * refs.scales[0, h])
-        seen = visible[part]
-        return x if seen is None else jnp.where(seen, x, MASKED)
+        return x if part.visible is None else jnp.where(part.visible, x, MASKED)
 
-    def weigh(h: Scalar, part: int, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        own = rows[part]
+    def weigh(h: Scalar, part: _RowPart, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         scale = refs.scales[1, h]
-        old_max = refs.maxima[h, own]  # [rows, 128], all lanes the same
+        old_max = refs.maxima[h, part.rows]  # [rows, 128], all lanes the same
         new_max = jnp.maximum(old_max, jnp.max(x, axis=1, keepdims=True))
         weight = jnp.exp2((x - _repeated(new_max, x.shape[1])) * scale)
         kept = jnp.exp2((old_max - new_max) * scale)
-        refs.maxima[h, own] = new_max
-        refs.sums[h, own] = kept * refs.sums[h, own] + _folded(weight)
+        refs.maxima[h, part.rows] = new_max
+        refs.sums[h, part.rows] = kept * refs.sums[h, part.rows] + _folded(weight)
         return weight.astype(p.compute_dtype), kept
 
-    def accumulate(h: Scalar, part: int, weight: jax.Array, kept: jax.Array) -> None:
-        own = rows[part]
+    def accumulate(h: Scalar, part: _RowPart, weight: jax.Array, kept: jax.Array) -> None:
         update = product(weight, stored(h, p.layout.value_lanes), (((1,), (0,)), ((), ())))
-        refs.acc[h, own] = _repeated(kept, p.value_width) * refs.acc[h, own] + update
+        refs.acc[h, part.rows] = _repeated(kept, p.value_width) * refs.acc[h, part.rows] + update
 
     lag, logits, weights = tile.stage_lag, {}, {}
     for now in range(len(products) + 2 * lag):

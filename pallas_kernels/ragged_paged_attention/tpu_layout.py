@@ -38,6 +38,14 @@ class PoolLayout(NamedTuple):
         start = self.fold * self.head_dim
         return slice(start - start % LANES, self.lanes)
 
+    @property
+    def key_width(self) -> int:
+        return self.key_lanes.stop
+
+    @property
+    def value_width(self) -> int:
+        return self.lanes - self.value_lanes.start
+
 
 def pool_layout(head_dim: int) -> PoolLayout:
     """The layout for a head size."""

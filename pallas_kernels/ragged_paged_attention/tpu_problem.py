@@ -71,11 +71,11 @@ class Problem:
 
     @property
     def key_width(self) -> int:
-        return self.layout.key_lanes.stop
+        return self.layout.key_width
 
     @property
     def value_width(self) -> int:
-        return self.layout.lanes - self.layout.value_lanes.start
+        return self.layout.value_width
 
     def num_rows(self, num_tokens: int) -> int:
         """Rows of a key head for a tile of queries, streams outermost, whole sublanes."""

@@ -65,7 +65,7 @@ def test_on_accelerators_few_are_compiled() -> None:
     assert planned(5, 40) == ["decode 8x8", "mixed 40x8"]
     mixed = [f"mixed {t}x{s}" for s in (64, 160) for t in (128, 256, 304) if t >= s]
     assert planned(160, 300) == [*decode, "decode 128x128", "decode 160x160", *mixed]
-    assert planned(8, 8) == [*(str(b) for b in plan_buckets(8, 8))]
+    assert planned(8, 8) == list(map(str, plan_buckets(8, 8)))
     drafts = plan_buckets(64, 512, on_cpu=False, with_drafts=True)
     assert drafts == plan_buckets(64, 512, on_cpu=False)
 

@@ -109,6 +109,12 @@ def test_kinds_of_collectives() -> None:
     assert sent("f32[8]{0} add(%p, %p)") == 0
 
 
+def described_pool() -> jax.ShapeDtypeStruct:
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("tensor",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return jax.ShapeDtypeStruct((4, 8, 16), "bfloat16", sharding=sharding)
+
+
 @pytest.mark.parametrize(
     ("instruction", "expected"),
     [
@@ -120,9 +126,7 @@ def test_kinds_of_collectives() -> None:
     ],
 )
 def test_a_copy_of_the_pool_is_found(instruction: str, expected: bool) -> None:
-    mesh = jax.sharding.Mesh(jax.devices()[:1], ("tensor",))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    pool = jax.ShapeDtypeStruct((4, 8, 16), "bfloat16", sharding=sharding)
+    pool = described_pool()
     assert copies(f"ENTRY %main (p: s32[]) -> s32[] {{\n  {instruction}\n}}\n", pool) == expected
 
 
@@ -142,7 +146,5 @@ ENTRY %main (p: bf16[4,8,16]) -> bf16[4,1,16] {
 
 @pytest.mark.parametrize(("called", "expected"), [("%part", False), ("%view", True)])
 def test_a_view_within_a_fusion_is_no_copy(called: str, expected: bool) -> None:
-    mesh = jax.sharding.Mesh(jax.devices()[:1], ("tensor",))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    pool = jax.ShapeDtypeStruct((4, 8, 16), "bfloat16", sharding=sharding)
+    pool = described_pool()
     assert copies(NESTED.replace("CALLED", called), pool) == expected
