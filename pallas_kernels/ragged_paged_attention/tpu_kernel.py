@@ -355,7 +355,7 @@ def _attend_unit(
 
     def stored(h: Scalar, lanes: slice) -> jax.Array:
         values = refs.kv[slot, blocks, h, :, lanes]  # [blocks, B / R, lanes]
-        return values.reshape(-1, values.shape[-1]).astype(p.compute_dtype)
+        return values.reshape(-1, values.shape[-1]).astype(p.product_dtype)
 
     def logits_of(h: Scalar, part: _RowPart) -> jax.Array:
         q = pltpu.bitcast(refs.q_rows[h, part.words], p.compute_dtype)  # [rows, key lanes]

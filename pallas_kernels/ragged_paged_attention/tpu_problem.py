@@ -70,6 +70,13 @@ class Problem:
         return 4 // jnp.dtype(self.pool_dtype).itemsize
 
     @property
+    def product_dtype(self) -> Any:
+        """As what stored keys and values enter a product: the matrix units take 8-bit floats
+        beside bfloat16 as they are."""
+        is_float8 = self.pool_dtype in (jnp.float8_e4m3fn, jnp.float8_e5m2)
+        return self.pool_dtype if is_float8 and self.rows_of_word == 2 else self.compute_dtype
+
+    @property
     def key_width(self) -> int:
         return self.layout.key_width
 
