@@ -20,7 +20,7 @@ from pallas_kernels.ragged_paged_attention.block_sizes import (
     largest_divisor,
 )
 from pallas_kernels.ragged_paged_attention.layout import new_elements, token_rows
-from pallas_kernels.ragged_paged_attention.tpu_kernel import NUM_FIELDS, kernel
+from pallas_kernels.ragged_paged_attention.tpu_kernel import kernel
 from pallas_kernels.ragged_paged_attention.tpu_layout import (
     LANES,
     PoolLayout,
@@ -29,6 +29,7 @@ from pallas_kernels.ragged_paged_attention.tpu_layout import (
     words_of,
 )
 from pallas_kernels.ragged_paged_attention.tpu_problem import (
+    NUM_FIELDS,
     NUM_PLANS,
     NUM_SLOTS,
     SUBLANES,

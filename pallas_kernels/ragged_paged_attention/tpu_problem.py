@@ -20,6 +20,9 @@ TABLE_ALIGNMENT = 128  # entries; where a copy from a block table may begin
 SUBLANES = 8
 # Columns of the list of segments that are written, see tpu.write_segments.
 BLOCK, ROW, TOKEN, FROM, TO = range(5)
+# Fields of the plan of an item.
+(TOKEN_AT, NUM_TOKENS, POSITION, COLUMN, NUM_BLOCKS, OFFSET, IS_FIRST, IS_LAST, TILE) = range(9)
+NUM_FIELDS = 9
 
 Scalar = Any  # an int or a traced int32
 
@@ -74,7 +77,8 @@ class Problem:
         """As what stored keys and values enter a product: the matrix units take 8-bit floats
         beside bfloat16 as they are."""
         is_float8 = self.pool_dtype in (jnp.float8_e4m3fn, jnp.float8_e5m2)
-        return self.pool_dtype if is_float8 and self.rows_of_word == 2 else self.compute_dtype
+        as_it_is = is_float8 and self.compute_dtype == jnp.bfloat16
+        return self.pool_dtype if as_it_is else self.compute_dtype
 
     @property
     def key_width(self) -> int:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tpu_topology import needs_libtpu
+from tpu_topology import needs_libtpu, run_apart
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import tpu_dumps
@@ -103,15 +103,8 @@ with tempfile.TemporaryDirectory() as folder:
 
 @needs_libtpu
 def test_an_int8_decode_product_is_bound_by_memory() -> None:
-    import subprocess
-
-    root = Path(__file__).parents[2]
-    done = subprocess.run(  # libtpu reads its options once, when it is loaded
-        [sys.executable, "-c", RANKING], cwd=root, env={"PYTHONPATH": str(root)},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    shares = [float(line) for line in done.stdout.split()]
+    printed = run_apart("-c", RANKING)
+    shares = [float(line) for line in printed.split()]
     assert len(shares) == 2
     assert max(shares) < 0.95, shares  # bundles, of the cycles that its copies take
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +19,18 @@ from jaxllm.runtime.chips import described_devices, find_chip
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
 )
+
+
+def run_apart(*arguments: str) -> str:
+    """What Python prints in a process of its own: libtpu reads its options once, when it is
+    loaded."""
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=root, env={"PYTHONPATH": str(root)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
 
 
 def compile_for(
